@@ -1,0 +1,149 @@
+"""A folder of images, with or without class folders.
+
+    root/<class>/x.jpg            only the train split
+    root/train/<class>/x.jpg      and root/test or root/val for the test split
+    root/x.jpg, root/train/x.jpg  no labels
+
+Deeper folders are allowed; the class is the first one. A row's name is its path under the split's folder, and rows are
+sorted by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.headers import EXTENSIONS, Progress, Scan, all_small, scan
+from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, Names, list_digest
+from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
+
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads a row's file."""
+
+    base: Path
+    names: Names
+
+    def __call__(self, row: int) -> bytes:
+        return (self.base / self.names[row]).read_bytes()
+
+
+def open_folder(
+    root: str | None,
+    split: str,
+    *,
+    max_rows: int | None = None,
+    index: DatasetIndex | None = None,
+    on_progress: Progress | None = None,
+) -> Dataset:
+    """Return the images of a folder. Arguments and errors as `dataloading.sources.open_dataset`."""
+    path = existing_root(root, "folder")
+    base, classes = _split_folder(path, split)
+    files = list_files(base, path, EXTENSIONS)
+    if not files:
+        raise DatasetError(
+            f"no images in {base}: found {contents(base)}; expected files that end in {', '.join(sorted(EXTENSIONS))}, "
+            "directly or in one folder per class"
+        )
+    listed = _listing(f"folder {path} ({split})", files[:max_rows], classes)
+    if index is not None and (difference := index.difference(listed)):
+        raise DatasetChanged(
+            f"{base} is not what its index says: {difference}. Restore the files, or index them again for a new run"
+        )
+    names = Names.of(listed.names)
+    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+        return Dataset(index, None, FolderReader(base, names))
+    found = _scan(base, names, on_progress)
+    if len(found.reasons) == len(names):
+        raise DatasetError(
+            f"none of the {len(names):,} images in {base} can be read; {names[0]}: {found.reasons[0]}. Check the files"
+        )
+    scanned = DatasetIndex(
+        source=listed.source,
+        names=names,
+        heights_N=found.heights_N,
+        widths_N=found.widths_N,
+        labels_N=listed.labels_N,
+        class_names=listed.class_names,
+        bad_N=found.bad_N,
+        digest=listed.digest,
+        reasons=found.reasons,
+        num_bytes_N=listed.num_bytes_N,
+    )
+    read = FolderReader(base, names) if found.pixels_NHWC is None else None
+    return Dataset(scanned, found.pixels_NHWC, read)
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, list[str]]:
+    """Return the folder of a split, and the folders that may be classes: those of all splits, so that a class has one
+    number in all of them."""
+    here = folders_in(root)
+    splits = [name for names in SPLIT_NAMES.values() for name in names if name in here]
+    if not splits or _is_class(root, splits, here):
+        if split == "train":
+            return root, here
+        raise _no_split(root, split)
+    for name in SPLIT_NAMES[split]:
+        if name in splits:
+            return root / name, sorted({folder for other in splits for folder in folders_in(root / other)})
+    raise _no_split(root, split)
+
+
+def _is_class(root: Path, splits: list[str], here: list[str]) -> bool:
+    """True where a folder called "train" is a class among others (VOC has one): it and its neighbours hold images."""
+    others = [name for name in here if name not in splits]
+    return len(splits) == 1 and bool(others) and all(_holds_images(root / name) for name in (*splits, *others))
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
+
+
+def _no_split(root: Path, split: str) -> DatasetError:
+    expected = " or ".join(f"{root}/{name}" for name in SPLIT_NAMES[split])
+    return DatasetError(
+        f"no {split} split in {root}: found {contents(root)}; expected the folder {expected}. Add it, or name "
+        "another root"
+    )
+
+
+def _listing(source: str, files: list[tuple[str, int]], classes: list[str]) -> DatasetIndex:
+    """Return the index as far as the list of files tells it: without the images' sizes."""
+    num_rows = len(files)
+    names = Names.of(name for name, _ in files)
+    num_bytes_N = np.array([size for _, size in files], dtype=np.int64)
+    labels_N = _labels(files, classes)
+    return DatasetIndex(
+        source=source,
+        names=names,
+        heights_N=np.zeros(num_rows, dtype=np.int32),
+        widths_N=np.zeros(num_rows, dtype=np.int32),
+        labels_N=labels_N,
+        class_names=() if labels_N is None else tuple(classes),
+        bad_N=np.zeros(num_rows, dtype=np.bool_),
+        digest=list_digest(names, num_bytes_N),
+        num_bytes_N=num_bytes_N,
+    )
+
+
+def _labels(files: list[tuple[str, int]], classes: list[str]) -> NDArray[np.int64] | None:
+    """Return the number of each image's class folder; None where an image is in none, or there is only one."""
+    number = {name: label for label, name in enumerate(classes)}
+    if len(classes) < 2 or any("/" not in name for name, _ in files):
+        return None
+    return np.array([number[name.split("/", 1)[0]] for name, _ in files], dtype=np.int64)
+
+
+def _scan(base: Path, names: Names, on_progress: Progress | None) -> Scan:
+    def open_file(name: str) -> BinaryIO:
+        return open(base / name, "rb")
+
+    chunks = (list(names[row : row + _CHUNK]) for row in range(0, len(names), _CHUNK))
+    return scan(chunks, len(names), open_file, on_progress=on_progress)

@@ -1,0 +1,185 @@
+"""What the images of a dataset are: size from the header, and the pixels where images are small.
+
+Files are not trusted: only formats that training can decode are opened (no PostScript interpreter is ever started),
+anything that a decoder raises marks the one image as bad, and a header that claims more than `MAX_PIXELS` is believed
+to be a decompression bomb and never decoded.
+
+Shapes: N images, H height, W width, C = 3 colour channels.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Importing the plugins registers them; Pillow would import all its formats at the first image.
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    Image,
+    Jpeg2KImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+"""Pillow's names of the formats that are read: those that both Pillow and DALI decode."""
+_ENDINGS = "jpg jpeg jpe jfif png webp bmp tif tiff ppm pgm pbm pnm jp2 j2k"
+EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
+"""File name endings of these formats, in lower case."""
+MAX_PIXELS = 89_478_485
+"""More pixels than this is taken for a decompression bomb. Pillow's limit for a warning (1/4 GiB of RGB)."""
+MAX_SMALL_SIDE = 96
+"""Images up to this many pixels high and wide, all of one size, are kept in memory decoded."""
+MAX_SMALL_BYTES = 4 << 30
+"""... if their pixels need no more than this."""
+
+
+@dataclass
+class Scan:
+    """What was found in N images, in order."""
+
+    heights_N: NDArray[np.int32]
+    widths_N: NDArray[np.int32]
+    reasons: dict[int, str]
+    pixels_NHWC: NDArray[np.uint8] | None
+
+    @property
+    def bad_N(self) -> NDArray[np.bool_]:
+        bad_N = np.zeros(len(self.heights_N), dtype=np.bool_)
+        bad_N[list(self.reasons)] = True
+        return bad_N
+
+
+@dataclass
+class _Small:
+    """Pixels of small images of one size, for as long as all images are that."""
+
+    num_rows: int
+    wanted: bool = True
+    size: tuple[int, int] | None = None
+    pixels_NHWC: NDArray[np.uint8] | None = field(default=None, repr=False)
+
+    def accepts(self, height: int, width: int) -> bool:
+        """True if an image of this size may be one of them. Called from many threads."""
+        size = self.size
+        return self.wanted and ((height, width) == size if size else small_enough(height, width, self.num_rows))
+
+    def put(self, row: int, pixels_HWC: NDArray[np.uint8] | None) -> None:
+        """Keep the pixels of a good row; None says that it is of another size, and ends the collection."""
+        if pixels_HWC is not None and self.size is None:
+            self.size = pixels_HWC.shape[:2]
+            self.pixels_NHWC = np.zeros((self.num_rows, *pixels_HWC.shape), dtype=np.uint8)
+        if pixels_HWC is None or pixels_HWC.shape[:2] != self.size:
+            self.wanted, self.pixels_NHWC = False, None
+        elif self.pixels_NHWC is not None:
+            self.pixels_NHWC[row] = pixels_HWC
+
+
+def small_enough(height: int, width: int, num_rows: int) -> bool:
+    """True if `num_rows` images of this size are kept in memory decoded."""
+    return max(height, width) <= MAX_SMALL_SIDE and num_rows * height * width * 3 <= MAX_SMALL_BYTES
+
+
+def all_small(heights_N: NDArray[np.int32], widths_N: NDArray[np.int32], bad_N: NDArray[np.bool_]) -> bool:
+    """True if the good images are all of one size and small enough to be kept in memory."""
+    heights, widths = heights_N[~bad_N], widths_N[~bad_N]
+    one_size = len(heights) > 0 and bool((heights == heights[0]).all() and (widths == widths[0]).all())
+    return one_size and small_enough(int(heights[0]), int(widths[0]), len(heights_N))
+
+
+def scan(
+    chunks: Iterable[Sequence[Item]],
+    num_rows: int,
+    open_item: Callable[[Item], BinaryIO],
+    *,
+    on_progress: Progress | None = None,
+) -> Scan:
+    """Read the header of every image, and the pixels of small images of one size.
+
+    chunks: the images in order, in groups that one thread reads; few groups are alive at a time.
+    open_item opens one image, in a thread; what it raises is the reason why the image is bad.
+    on_progress(done, total) is called after each group.
+    """
+    small = _Small(num_rows)
+    heights_N = np.zeros(num_rows, dtype=np.int32)
+    widths_N = np.zeros(num_rows, dtype=np.int32)
+    reasons: dict[int, str] = {}
+    num_threads = 2 * len(os.sched_getaffinity(0))
+    row = 0
+    # The filters are global, so threads must not touch them: they are set once, around all of them.
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as executor:
+        warnings.simplefilter("ignore")
+        for looks in _map_in_order(executor, lambda chunk: _look_at(chunk, open_item, small), chunks, num_threads):
+            for height, width, reason, pixels_HWC in looks:
+                heights_N[row], widths_N[row] = height, width
+                if reason:
+                    reasons[row] = reason
+                elif small.wanted:
+                    small.put(row, pixels_HWC)
+                row += 1
+            if on_progress:
+                on_progress(row, num_rows)
+    assert row == num_rows, f"found {row} images, expected {num_rows}"
+    return Scan(heights_N, widths_N, reasons, small.pixels_NHWC)
+
+
+_Look = tuple[int, int, str, NDArray[np.uint8] | None]
+
+
+def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small: _Small) -> list[_Look]:
+    looks: list[_Look] = []
+    for item in chunk:
+        try:
+            with open_item(item) as file, Image.open(file, formats=FORMATS) as image:
+                looks.append(_look(image, small))
+        except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+            looks.append((0, 0, f"{type(error).__name__}: {error}"[:200], None))
+    return looks
+
+
+def _look(image: Image.Image, small: _Small) -> _Look:
+    width, height = image.size
+    if not (width > 0 and height > 0):
+        return 0, 0, f"the header says {width} x {height} pixels", None
+    if width * height > MAX_PIXELS:
+        return 0, 0, f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,}", None
+    return height, width, "", decode(image) if small.accepts(height, width) else None
+
+
+def decode(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the pixels of an opened image, uint8 (H, W, 3), without EXIF rotation. Raises what Pillow raises."""
+    if image.mode.startswith("I;16"):
+        # Pillow's conversion clips 16 bits at 255; keeping the high byte is what other decoders do.
+        grey_HW = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey_HW[:, :, None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+def _map_in_order(
+    executor: ThreadPoolExecutor,
+    function: Callable[[Sequence[Item]], list[_Look]],
+    chunks: Iterable[Sequence[Item]],
+    num_threads: int,
+) -> Iterator[list[_Look]]:
+    """Yield the results in order, with a bounded number of chunks in memory (`Executor.map` reads all first)."""
+    waiting: deque[Future[list[_Look]]] = deque()
+    for chunk in chunks:
+        waiting.append(executor.submit(function, chunk))
+        if len(waiting) > 2 * num_threads:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

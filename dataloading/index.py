@@ -1,0 +1,223 @@
+"""The dataset index: which image is which row, and whether a list of images is still the same one.
+
+A row number 0..N-1 is the image's identity in the memory bank, so it must not change while a run lives. The digest
+covers the whole list; a run compares it when it continues, and `DatasetIndex.difference` says what changed.
+
+Shapes: N rows of the dataset, H height, W width, C = 3 colour channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dataloading.difference import describe_difference
+
+_FORMAT = "instdisc dataset index 1"
+_COLUMNS = ("name", "num_bytes", "height", "width", "label", "bad")
+
+
+class DatasetError(ValueError):
+    """The images cannot be used as they are; the message says what, where, found, expected and what to do."""
+
+
+class DatasetChanged(DatasetError):
+    """The images are no longer those of the index that was handed over; the message says what differs."""
+
+
+class Names(Sequence[str]):
+    """The names of the rows in one arrow array: some 10 bytes a row beyond the text, where a str costs 50.
+
+    Stored as the bytes of the file system, because a file's name on Linux need not be valid UTF-8.
+    """
+
+    def __init__(self, array: pa.LargeBinaryArray) -> None:
+        self.array = array
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Return `names` as they are if they are Names already, else a copy in an arrow array."""
+        if isinstance(names, Names):
+            return names
+        return cls(pa.array([os.fsencode(name) for name in names], pa.large_binary()))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+    @overload
+    def __getitem__(self, row: slice) -> Names: ...
+    def __getitem__(self, row: int | slice) -> str | Names:
+        if isinstance(row, slice):
+            return Names(self.array[row])
+        return os.fsdecode(self.array[int(row)].as_py())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Names) and self.array.equals(other.array)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return f"Names({len(self)}: {', '.join(self[:3])}{', …' if len(self) > 3 else ''})"
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetIndex:
+    """The list of a dataset's images; row number = position in it."""
+
+    source: str
+    """Where the images come from, for people: kind, place and split. Not part of the digest: data may move."""
+    names: Sequence[str]
+    """Per row: the path under the data root, or the file and the number within it."""
+    heights_N: NDArray[np.int32]
+    """As the header says, before any EXIF rotation; 0 where the header is unreadable."""
+    widths_N: NDArray[np.int32]
+    labels_N: NDArray[np.int64] | None
+    """For evaluation only, never used in training; None where not every image has one."""
+    class_names: tuple[str, ...]
+    bad_N: NDArray[np.bool_]
+    """True where the image cannot be used; `reasons` says why."""
+    digest: str
+    """sha256 (hex) of the list: `list_digest`."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Per bad row, why it is bad."""
+    num_bytes_N: NDArray[np.int64] | None = None
+    """Size of each encoded image (of its pixels, for a source in memory); None where it was not looked at."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Byte sizes of the files that hold many images (parquet); empty for other kinds."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.names)
+
+    def difference(self, current: DatasetIndex) -> str | None:
+        """Return a sentence that says how `current` differs from this index, None if it does not.
+
+        Labels count here though they are no part of the digest; fields that one side does not know do not.
+        """
+        return describe_difference(self, current)
+
+    def save(self, path: str | Path) -> None:
+        """Write the index as a parquet file, whole or not at all."""
+        names = Names.of(self.names)
+        labels = [None] * len(names) if self.labels_N is None else self.labels_N
+        sizes = [None] * len(names) if self.num_bytes_N is None else self.num_bytes_N
+        columns = [
+            names.array,
+            pa.array(sizes, pa.int64()),
+            pa.array(self.heights_N, pa.int32()),
+            pa.array(self.widths_N, pa.int32()),
+            pa.array(labels, pa.int64()),
+            pa.array(self.bad_N, pa.bool_()),
+        ]
+        about = {
+            "format": _FORMAT,
+            "source": self.source,
+            "class_names": self.class_names,
+            "digest": self.digest,
+            "reasons": {str(row): reason for row, reason in self.reasons.items()},
+            "files": self.files,
+        }
+        table = pa.table(columns, names=list(_COLUMNS)).replace_schema_metadata({"index": json.dumps(about)})
+        unfinished = Path(f"{path}.{os.getpid()}.tmp")
+        pq.write_table(table, unfinished, compression="zstd")
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> DatasetIndex:
+        """Read an index that `save` wrote. Raises DatasetError for any other file, OSError where it is missing."""
+        try:
+            # One file read as one file: a path such as "split=train/index.parquet" adds no columns.
+            table = pq.ParquetFile(path).read()
+            about = json.loads((table.schema.metadata or {}).get(b"index", b"{}"))
+        except (pa.ArrowException, ValueError) as error:
+            raise _not_an_index(path, str(error)) from error
+        if about.get("format") != _FORMAT or tuple(table.column_names) != _COLUMNS:
+            raise _not_an_index(path, f"format {about.get('format')!r}, columns {table.column_names}")
+        column = {name: table.column(name).combine_chunks() for name in _COLUMNS}
+        return cls(
+            source=about["source"],
+            names=Names(column["name"]),
+            heights_N=_numpy(column["height"], np.int32),
+            widths_N=_numpy(column["width"], np.int32),
+            labels_N=None if column["label"].null_count else _numpy(column["label"], np.int64),
+            class_names=tuple(about["class_names"]),
+            bad_N=_numpy(column["bad"], np.bool_),
+            digest=about["digest"],
+            reasons={int(row): reason for row, reason in about["reasons"].items()},
+            num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
+            files=about["files"],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images with fixed row numbers: either all pixels in memory, or a way to read one encoded image."""
+
+    index: DatasetIndex
+    pixels_NHWC: NDArray[np.uint8] | None
+    """Small images of one size, RGB; rows that `index.bad_N` marks are black. None for other images."""
+    read: Callable[[int], bytes] | None
+    """The encoded image of a row; may be called from many threads, raises OSError. None where pixels are held."""
+
+
+def dataset_of_pixels(
+    source: str,
+    pixels_NHWC: NDArray[np.uint8],
+    labels_N: NDArray[np.int64] | None,
+    class_names: Sequence[str],
+    names: Iterable[str],
+) -> Dataset:
+    """Return the dataset of images that are in memory anyway; its digest covers the pixels. C must be 3."""
+    num_rows, height, width, channels = pixels_NHWC.shape
+    assert channels == 3, f"{source}: found {channels} channels, expected 3"
+    kept = Names.of(names)
+    sizes_N = np.full(num_rows, height * width * channels, dtype=np.int64)
+    content = hashlib.sha256(np.ascontiguousarray(pixels_NHWC).data).digest()
+    index = DatasetIndex(
+        source=source,
+        names=kept,
+        heights_N=np.full(num_rows, height, dtype=np.int32),
+        widths_N=np.full(num_rows, width, dtype=np.int32),
+        labels_N=labels_N,
+        class_names=tuple(class_names),
+        bad_N=np.zeros(num_rows, dtype=np.bool_),
+        digest=list_digest(kept, sizes_N, content),
+        num_bytes_N=sizes_N,
+    )
+    return Dataset(index, pixels_NHWC, None)
+
+
+def list_digest(names: Names, num_bytes_N: NDArray[np.int64], content: bytes = b"") -> str:
+    """Return the sha256 (hex) of the names in order, the byte sizes and `content`, a hash of the images' bytes.
+
+    Folders leave `content` out: reading every file of a large folder to compare it would take hours.
+    """
+    offsets = np.frombuffer(names.array.buffers()[1], np.int64)[names.array.offset :][: len(names) + 1]
+    text = names.array.buffers()[2]
+    digest = hashlib.sha256(f"{_FORMAT} {len(names)} ".encode())
+    digest.update(np.diff(offsets).astype("<i8").tobytes())
+    if text is not None:
+        digest.update(memoryview(text)[offsets[0] : offsets[-1]])
+    digest.update(num_bytes_N.astype("<i8").tobytes())
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def _numpy(column: pa.Array, dtype: type) -> NDArray:
+    return column.to_numpy(zero_copy_only=False).astype(dtype)
+
+
+def _not_an_index(path: str | Path, found: str) -> DatasetError:
+    return DatasetError(f"{path} is not a dataset index: found {found}, expected {_FORMAT!r}; index the images again")

@@ -1,0 +1,77 @@
+"""Which files lie under a data root: in a fixed order, without hidden ones, and never outside of the root."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from dataloading.index import DatasetError
+
+SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
+"""How the folders and files of a split may be called; the first that exists is used."""
+
+
+def list_files(
+    base: Path, root: Path, extensions: Collection[str], *, first_only: bool = False
+) -> list[tuple[str, int]]:
+    """Return (path relative to `base`, bytes) of the files under `base`, sorted by path; parts joined by "/".
+
+    Hidden files and folders are left out, and whatever is not a regular file. A link is followed while it stays under
+    `root`. Raises DatasetError for a link that leaves the root. first_only: stop at the first file found.
+    """
+    found: list[tuple[str, int]] = []
+    real_root = root.resolve()
+    # A link to a folder above itself would be walked forever: the real paths of the open folders are remembered.
+    waiting = [(base, "", frozenset({base.resolve()}))]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_symlink():
+                    _check_link(Path(entry.path), real_root)
+                if entry.is_dir():
+                    real = Path(entry.path).resolve() if entry.is_symlink() else Path(entry.path)
+                    if real not in above:
+                        waiting.append((Path(entry.path), f"{prefix}{entry.name}/", above | {real}))
+                elif os.path.splitext(entry.name)[1].lower() in extensions and entry.is_file():
+                    found.append((prefix + entry.name, entry.stat().st_size))
+                    if first_only:
+                        return found
+    return sorted(found)
+
+
+def _check_link(link: Path, real_root: Path) -> None:
+    target = link.resolve()
+    if not target.is_relative_to(real_root):
+        raise DatasetError(
+            f"{link} is a link to {target}, which is outside the data root {real_root}: no path outside the data root "
+            "is read. Copy the files into the root, or choose a root that holds both"
+        )
+
+
+def folders_in(path: Path) -> list[str]:
+    """Return the names of the folders directly in `path`, sorted, without hidden ones."""
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def contents(path: Path, num_shown: int = 8) -> str:
+    """Return a few names in `path` for an error message."""
+    names = sorted(entry.name for entry in path.iterdir())
+    return (", ".join(names[:num_shown]) + (", …" if len(names) > num_shown else "")) or "nothing"
+
+
+def existing_root(root: str | None, kind: str, wanted: Callable[[Path], bool] = Path.is_dir) -> Path:
+    """Return `root` as an absolute path; raises DatasetError where it is not what is `wanted`."""
+    if root is None:
+        raise DatasetError(f"{kind}: found no data root, expected the path of the images; name it, or use kind 'demo'")
+    path = Path(root).absolute()
+    if not path.exists():
+        parent = path.parent
+        beside = contents(parent) if parent.is_dir() else f"no folder {parent} either"
+        raise DatasetError(f"data root {path} does not exist; found beside it: {beside}. Correct the path")
+    if not wanted(path):
+        raise DatasetError(f"data root {path} ({kind}): found a file, expected a folder; name the folder that holds it")
+    return path

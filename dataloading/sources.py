@@ -1,0 +1,102 @@
+"""Where images come from: one function that opens a folder, CIFAR, parquet files or the demo images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dataloading.cifar import KINDS, open_cifar
+from dataloading.folder import open_folder
+from dataloading.headers import EXTENSIONS, Progress
+from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, dataset_of_pixels
+from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
+from dataloading.parquet import open_parquet, parquet_files
+
+SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
+
+
+def open_dataset(
+    kind: str,
+    root: str | None,
+    split: str,
+    *,
+    max_rows: int | None = None,
+    index: DatasetIndex | None = None,
+    on_progress: Progress | None = None,
+    download: bool = False,
+) -> Dataset:
+    """Return the images of a split with fixed row numbers.
+
+    kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is. root: the data root, None only for the demo images.
+    split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are not read
+    again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are looked
+    at. download: fetch CIFAR where it is missing.
+
+    Raises DatasetError (a ValueError) for what a person can correct, OSError where files cannot be read.
+    """
+    if kind not in SOURCE_KINDS:
+        raise DatasetError(f"kind of data: found {kind!r}, expected one of {', '.join(SOURCE_KINDS)}")
+    if split not in SPLIT_NAMES:
+        raise DatasetError(f"split: found {split!r}, expected one of {', '.join(SPLIT_NAMES)}")
+    if max_rows is not None and max_rows < 1:
+        raise DatasetError(f"max_rows: found {max_rows}, expected at least 1, or None for all rows")
+    kind = recognise(root) if kind == "auto" else kind
+    if kind == "demo":
+        return _open_demo(split, max_rows, index)
+    if kind == "folder":
+        return open_folder(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
+    if kind == "parquet":
+        return open_parquet(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
+    return open_cifar(KINDS[kind], root, split, max_rows=max_rows, index=index, download=download)
+
+
+def recognise(root: str | None) -> str:
+    """Return the kind of data that `root` holds; "demo" for None. Raises DatasetError where it is none of them."""
+    if root is None:
+        return "demo"
+    path = existing_root(root, "auto", Path.exists)
+    if path.is_file():
+        if path.suffix.lower() == ".parquet":
+            return "parquet"
+        raise DatasetError(f"data root {path}: found a file, expected a folder or a .parquet file")
+    for kind, cifar in KINDS.items():
+        for folder in (path, path / cifar.folder):
+            if any((folder / names[0]).is_file() for names in cifar.files.values()):
+                return kind
+    # The usual places first: a hub repository may hold pictures for its README, an image folder a saved index.
+    if _has_split_files(path) or _has_split_files(path / "data"):
+        return "parquet"
+    if list_files(path, path, EXTENSIONS, first_only=True):
+        return "folder"
+    if any(parquet_files(path, split) for split in SPLIT_NAMES):
+        return "parquet"
+    raise _unknown(path)
+
+
+def _has_split_files(folder: Path) -> bool:
+    split_names = [name for names in SPLIT_NAMES.values() for name in names]
+    return any(path for name in split_names for path in folder.glob(f"{name}-*.parquet"))
+
+
+def _unknown(path: Path) -> DatasetError:
+    pickled = [cifar.pickled_folder for cifar in KINDS.values() if (path / cifar.pickled_folder).is_dir()]
+    advice = "Name the folder that holds the images"
+    if pickled:
+        advice = f"{pickled[0]} is the pickled form of CIFAR, which is never read: it can run code. Use the binary form"
+    return DatasetError(
+        f"no images in {path}: found {contents(path)}; expected image files (in class folders or not), parquet files "
+        f"with an image column, or {' or '.join(cifar.folder for cifar in KINDS.values())}. {advice}"
+    )
+
+
+def _open_demo(split: str, max_rows: int | None, index: DatasetIndex | None) -> Dataset:
+    from dataloading.demo import CLASS_NAMES, demo_images
+
+    pixels_NHWC, labels_N = demo_images(split)
+    pixels_NHWC, labels_N = pixels_NHWC[:max_rows], labels_N[:max_rows]
+    names = (f"{split}/{row}" for row in range(len(labels_N)))
+    dataset = dataset_of_pixels(f"demo ({split})", pixels_NHWC, labels_N, CLASS_NAMES, names)
+    if index is not None and (difference := index.difference(dataset.index)):
+        raise DatasetChanged(
+            f"the demo images are not those of the index: {difference}. Index them again for a new run"
+        )
+    return dataset
