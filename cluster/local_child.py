@@ -1,0 +1,111 @@
+"""What runs in a process of `run_local`: set up the worker, run the function, send back what came of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from cluster.failures import describe
+from cluster.outbox import Outbox
+
+# Kinds of messages from a worker process to its supervisor.
+EVENT, RESULT, FAILURE = "event", "result", "failure"
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """Everything that a worker process is started with; `call` is the pickled (fn, args)."""
+
+    call: bytes
+    rank: int
+    world_size: int
+    num_threads: int
+    rendezvous: str
+    environment: dict[str, str]
+
+
+def run_worker(task: LocalTask, connection: Connection) -> None:
+    """Run one rank and send ("event", str)*, then ("result", bytes) or ("failure", Failure), to the supervisor.
+
+    The supervisor sends one message at most, and it means: please stop.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the supervisor decides
+    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+    os.environ.clear()
+    os.environ.update(task.environment)
+    outbox = Outbox()
+    sender = threading.Thread(target=_send_events, args=(outbox, connection), name="events", daemon=True)
+    sender.start()
+    try:
+        message = RESULT, _pickled_result(_run(task, outbox, connection), task.rank)
+    except BaseException as error:
+        message = FAILURE, describe(error, task.rank, task.world_size)
+    outbox.close()
+    sender.join()
+    connection.send(message)
+    connection.close()
+
+
+def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
+    import torch  # only now: OpenMP reads its environment once, when torch is loaded
+
+    from cluster.process_group import close_groups, device_of, open_groups
+    from cluster.worker import Worker
+
+    torch.set_num_threads(task.num_threads)
+    device = device_of(task.rank, task.world_size)
+    fn, args = _unpickled_call(task.call)
+    control_group = open_groups(task.rendezvous, task.rank, task.world_size, device)
+    worker = Worker(
+        rank=task.rank,
+        world_size=task.world_size,
+        local_rank=task.rank,
+        device=device,
+        num_threads=task.num_threads,
+        send_event=outbox.put,
+        poll_stop=connection.poll,
+        control_group=control_group,
+    )
+    result = fn(worker, *args)
+    if control_group is not None:
+        close_groups()
+    return result
+
+
+def _unpickled_call(call: bytes) -> Any:
+    try:
+        return pickle.loads(call)
+    except (AttributeError, ModuleNotFoundError) as error:
+        raise ValueError(
+            f"a worker process does not find the function that it should run ({error}); define it in a module or a "
+            "script (what is typed into a notebook or a shell exists there only), or use num_workers=0"
+        ) from error
+
+
+def _pickled_result(result: Any, rank: int) -> bytes:
+    try:
+        return pickle.dumps(result)
+    except Exception as error:
+        raise TypeError(
+            f"rank {rank} returned a {type(result).__name__} that cannot be sent to the caller ({error}); "
+            "return plain numbers, strings, lists, dicts or CPU tensors"
+        ) from error
+
+
+def _send_events(outbox: Outbox, connection: Connection) -> None:
+    for event in outbox.drain():
+        connection.send((EVENT, event))
+
+
+def _die_with_parent() -> None:
+    """End this process as soon as the supervisor's process is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

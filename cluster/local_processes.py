@@ -1,0 +1,209 @@
+"""The supervisor of `run_local`: starts worker processes, watches them, ends all of them when one fails.
+
+The processes come from Python's fork server: a helper that imports torch once (seconds) and forks each worker
+from there (milliseconds), so the second call in a process starts at once. It stays until the caller's process
+ends. The helper forks while it has one thread and before anything uses torch, which is what makes a fork safe;
+the caller itself, which may hold threads, CUDA or S3 connections, is never forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from cluster.failures import Failure, WorkerDied, root_cause
+from cluster.interrupts import Interrupts
+from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
+
+POLL_INTERVAL_S = 0.1
+ECHO_GRACE_S = 2.0
+TERMINATE_GRACE_S = 2.0
+EXIT_GRACE_S = 30.0
+
+
+class LocalProcess:
+    """One worker process, as the supervisor sees it."""
+
+    def __init__(self, rank: int, process: ForkServerProcess, connection: Connection):
+        self.rank = rank
+        self.process = process
+        self.connection = connection
+        self.result: bytes | None = None
+        self.failure: Failure | None = None
+        self.exit_code: int | None = None
+        self.connected = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can come from this rank."""
+        return not self.connected and self.exit_code is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank raised, or ended without a result."""
+        return self.failure is not None or (self.ended and self.result is None)
+
+    def waitables(self) -> list[Connection | int]:
+        """What becomes ready when this rank has news."""
+        connection = [self.connection] if self.connected else []
+        sentinel = [self.process.sentinel] if self.exit_code is None else []
+        return [*connection, *sentinel]
+
+    def receive(self, on_event: Callable[[str], None]) -> None:
+        """Take in all news of this rank without waiting."""
+        while self.connected and self.connection.poll():
+            try:
+                kind, content = self.connection.recv()
+            except (EOFError, OSError):  # it closed the pipe, or was killed in the middle of a message
+                self.connected = False
+                break
+            if kind == EVENT:
+                on_event(content)
+            elif kind == FAILURE:
+                self.failure = content
+            else:
+                self.result = content
+        if self.exit_code is None and wait([self.process.sentinel], 0):
+            self.process.join()
+            self.exit_code = self.process.exitcode
+
+
+def run_processes(
+    fn: Callable[..., Any],
+    args: tuple,
+    num_workers: int,
+    num_threads: int,
+    interrupts: Interrupts,
+    on_event: Callable[[dict[str, Any]], None] | None,
+) -> list[Any]:
+    """Run `fn(worker, *args)` in `num_workers` processes; see `cluster.worker.run_local`."""
+
+    def handle_event(event: str) -> None:
+        if on_event is not None:
+            on_event(json.loads(event))
+
+    call = _pickled_call(fn, args)
+    folder = Path(tempfile.mkdtemp(prefix="npid-"))
+    workers: list[LocalProcess] = []
+    try:
+        for rank in range(num_workers):
+            task = LocalTask(
+                call=call,
+                rank=rank,
+                world_size=num_workers,
+                num_threads=num_threads,
+                rendezvous=f"file://{folder / 'rendezvous'}",  # a file, as a port can be taken by another process
+                environment={**os.environ, **thread_environment(num_threads), "GLOO_SOCKET_IFNAME": "lo"},
+            )
+            workers.append(_start(task))
+        _supervise(workers, interrupts, handle_event)
+        return [pickle.loads(worker.result or b"") for worker in workers]
+    finally:
+        _end_all(workers)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """The environment that a worker needs before torch is loaded.
+
+    OpenMP's threads spin while they wait by default, which slows everything else on a machine with few cores down.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(num_threads)}
+
+
+def _pickled_call(fn: Callable[..., Any], args: tuple) -> bytes:
+    try:
+        return pickle.dumps((fn, args))
+    except Exception as error:
+        name = getattr(fn, "__qualname__", repr(fn))
+        raise ValueError(
+            f"{name} and its arguments cannot be sent to worker processes ({error}); pass a function from the top "
+            "level of a module (no lambda, no nested function) and picklable arguments, or use num_workers=0"
+        ) from error
+
+
+def _start(task: LocalTask) -> LocalProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_worker, args=(task, theirs), name=f"rank-{task.rank}")
+    with _helper_environment():
+        process.start()
+    theirs.close()
+    return LocalProcess(task.rank, process, ours)
+
+
+@contextlib.contextmanager
+def _helper_environment() -> Iterator[None]:
+    """What the fork server inherits if it starts now: passive OpenMP, one thread, and no Ctrl-C."""
+    before = {name: os.environ.get(name) for name in thread_environment(1)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.environ.update(thread_environment(1))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _supervise(workers: list[LocalProcess], interrupts: Interrupts, on_event: Callable[[str], None]) -> None:
+    """Return when every rank has a result; raise the cause as soon as one fails."""
+    stop_sent = False
+    while not all(worker.result is not None and worker.ended for worker in workers):
+        wait([ready for worker in workers for ready in worker.waitables()], POLL_INTERVAL_S)
+        for worker in workers:
+            worker.receive(on_event)
+        if any(worker.failed for worker in workers):
+            raise _cause(workers, on_event)
+        if interrupts.requested and not stop_sent:
+            stop_sent = True
+            for worker in workers:
+                with contextlib.suppress(OSError):  # it has just ended
+                    worker.connection.send("stop")
+
+
+def _cause(workers: list[LocalProcess], on_event: Callable[[str], None]) -> BaseException:
+    """Why the run failed: when one rank ends, the others fail in their collectives an instant later or before."""
+    deadline = time.monotonic() + ECHO_GRACE_S
+    failures: list[Failure] = []
+    while True:
+        for worker in workers:
+            worker.receive(on_event)
+            if worker.failure is not None and worker.failure not in failures:
+                failures.append(worker.failure)
+        dead = [worker for worker in workers if worker.ended and worker.result is None and not worker.failure]
+        if dead:
+            return WorkerDied(dead[0].rank, dead[0].exit_code or 0)
+        if any(not failure.is_echo() for failure in failures) or time.monotonic() > deadline:
+            return root_cause(failures).to_exception()
+        wait([ready for worker in workers for ready in worker.waitables()], POLL_INTERVAL_S)
+
+
+def _end_all(workers: list[LocalProcess]) -> None:
+    """Leave no process behind: wait for those that have a result, end the others."""
+    for worker in workers:
+        if worker.exit_code is None:
+            worker.process.terminate()
+    for worker in workers:
+        worker.process.join(TERMINATE_GRACE_S)
+        if worker.process.exitcode is None:
+            worker.process.kill()
+            worker.process.join()
+        worker.process.close()
+        worker.connection.close()
