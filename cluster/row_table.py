@@ -1,0 +1,90 @@
+"""A named table of rows, of which every rank holds a contiguous part, and its bytes in storage.
+
+Storage is raw little-endian rows in blocks of a fixed number of rows. Blocks begin at multiples of that number, so
+that they do not depend on the number of workers; where a boundary between ranks cuts a block, each rank writes its
+part of it.
+
+Shapes: R rows of this rank; the rest of the shape is that of one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 64 * 2**20
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8)
+}
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Rows [start, start + R) of a table of `num_rows` rows.
+
+    rows: (R, ...) on any device, dtype one of `DTYPES`, R may be 0. Raises ValueError for anything else.
+    """
+
+    num_rows: int
+    start: int
+    rows: Tensor
+
+    def __post_init__(self) -> None:
+        if self.rows.dim() < 1 or self.dtype not in DTYPES or self.row_bytes == 0:
+            raise ValueError(
+                f"rows: found {tuple(self.rows.shape)} {self.dtype}, expected one or more dimensions, rows of at "
+                f"least one number, and one of {', '.join(DTYPES)}"
+            )
+        if not 0 <= self.start <= self.stop <= self.num_rows:
+            raise ValueError(f"rows [{self.start}, {self.stop}) of a table of {self.num_rows}: expected them inside it")
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.rows)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return tuple(self.rows.shape[1:])
+
+    @property
+    def dtype(self) -> str:
+        return str(self.rows.dtype).removeprefix("torch.")
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.row_shape, self.dtype)
+
+    def on_host(self) -> RowTable:
+        """Return the table with its rows in host memory; rows that are there already are not copied."""
+        return replace(self, rows=self.rows.detach().cpu())
+
+    def segments(self, block_rows: int | None = None) -> list[tuple[int, int]]:
+        """Return the row ranges [start, stop) in which these rows are stored, blocks of about 64 MiB by default."""
+        return block_ranges(self.start, self.stop, block_rows or max(1, BLOCK_BYTES // self.row_bytes))
+
+    def bytes_of(self, start: int, stop: int) -> memoryview:
+        """Return the bytes of rows [start, stop) of the table, without a copy where the tensor allows."""
+        return tensor_bytes(self.rows[start - self.start : stop - self.start])
+
+
+def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes of one row; dtype is one of `DTYPES`."""
+    return prod(row_shape) * DTYPES[dtype].itemsize
+
+
+def block_ranges(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
+    """Cut [start, stop) at the multiples of `block_rows`."""
+    first, last = start // block_rows, -(-stop // block_rows)
+    if start >= stop:
+        return []
+    return [(max(start, b * block_rows), min(stop, (b + 1) * block_rows)) for b in range(first, last)]
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return a host tensor's bytes in row-major order; only a tensor that is not contiguous is copied."""
+    # Through uint8, because numpy has no bfloat16.
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,68 @@
+"""An object in a store together with its size and checksum: what is read is what was written, or an error."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cluster.store import Buffer, ObjectMissingError, Store
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written or read: the text says which, why and what to do."""
+
+
+class DamagedObjectError(CheckpointError):
+    """An object is missing or differs from what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """A key, the number of bytes under it and their SHA-256 (hex)."""
+
+    key: str
+    num_bytes: int
+    sha256: str
+
+
+def write_object(store: Store, key: str, parts: Sequence[Buffer]) -> StoredObject:
+    """Write the concatenation of `parts` and return what it takes to verify it. Copies nothing."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    for part in parts:
+        digest.update(part)
+        num_bytes += len(part)
+    store.put(key, *parts)
+    return StoredObject(key=key, num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def read_object(store: Store, expected: StoredObject) -> bytes:
+    """Return the object's bytes. DamagedObjectError if it is missing, shorter, longer or different."""
+    try:
+        data = store.get(expected.key)
+    except ObjectMissingError as error:
+        raise DamagedObjectError(f"object {expected.key} in {store.uri} is missing") from error
+    if len(data) != expected.num_bytes:
+        raise DamagedObjectError(
+            f"object {expected.key} in {store.uri} has {len(data)} bytes, expected {expected.num_bytes}"
+        )
+    if hashlib.sha256(data).hexdigest() != expected.sha256:
+        raise DamagedObjectError(f"object {expected.key} in {store.uri} differs from its checksum")
+    return data
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
+    """Return [function(item), ...] computed in threads; the first error is raised when no thread runs any more."""
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise

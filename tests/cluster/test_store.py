@@ -1,0 +1,215 @@
+"""A store's promises: whole objects or none, one winner of a create, clear errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cluster.store import ObjectMissingError, Store, StoreError
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request, tmp_path) -> Store:
+    return Store(f"file://{tmp_path}/run" if request.param == "file" else f"memory://{uuid.uuid4().hex}/run")
+
+
+def files_below(folder) -> list[str]:
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+
+
+def test_an_object_reads_back_whole_and_in_ranges(store):
+    store.put("a/b.bin", b"0123", bytearray(b"45"), memoryview(b"6789"), b"")
+
+    assert store.get("a/b.bin") == b"0123456789"
+    assert store.get("a/b.bin", 3, 7) == b"3456"
+    assert store.get("a/b.bin", 8) == b"89"
+    assert store.get("a/b.bin", 8, 100) == b"89"
+    assert store.size("a/b.bin") == 10
+    assert store.exists("a/b.bin")
+    assert not store.exists("a")
+
+
+def test_put_replaces_and_delete_may_be_repeated(store):
+    store.put("a", b"old")
+    store.put("a", b"new, and longer")
+    assert store.get("a") == b"new, and longer"
+
+    store.delete("a")
+    store.delete("a")
+    assert not store.exists("a")
+
+
+def test_an_empty_object_is_an_object(store):
+    store.put("empty", memoryview(b""))
+    assert store.get("empty") == b""
+    assert store.list() == ["empty"]
+
+
+def test_create_never_overwrites(store):
+    assert store.create("k", b"first")
+    assert not store.create("k", b"second")
+    assert store.get("k") == b"first"
+
+
+def test_a_claim_holds_when_the_same_bytes_are_there_already(store):
+    assert store.claim("k", b"mine")
+    assert store.claim("k", b"mine")
+    assert not store.claim("k", b"theirs")
+
+
+def test_of_racing_creators_exactly_one_wins_and_its_bytes_stay(store):
+    num_writers = 8
+    for number in range(20):
+        start = threading.Barrier(num_writers)
+
+        def write(writer: int, number: int = number, start: threading.Barrier = start) -> bool:
+            start.wait(10)
+            return store.create(f"keys/{number}", b"%d" % writer)
+
+        with ThreadPoolExecutor(num_writers) as pool:
+            won = list(pool.map(write, range(num_writers)))
+        assert won.count(True) == 1
+        assert store.get(f"keys/{number}") == b"%d" % won.index(True)
+
+
+def test_a_reader_sees_the_old_or_the_new_object_and_never_a_mixture(store):
+    size = 1 << 18
+    store.put("k", b"a" * size)
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(60):
+            store.put("k", (b"b" if number % 2 else b"a") * size)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    while not done.is_set():
+        seen.add(store.get("k"))
+    writer.join(10)
+    assert seen <= {b"a" * size, b"b" * size}
+
+
+def test_list_gives_the_keys_that_begin_with_the_prefix_sorted(store):
+    for key in ("b/2", "b/10", "b/x/1", "bb/1", "a"):
+        store.put(key, b"")
+
+    assert store.list() == ["a", "b/10", "b/2", "b/x/1", "bb/1"]
+    assert store.list("b/") == ["b/10", "b/2", "b/x/1"]
+    assert store.list("b") == ["b/10", "b/2", "b/x/1", "bb/1"]
+    assert store.list("b/1") == ["b/10"]
+    assert store.list("nothing/") == []
+
+
+def test_a_missing_object_is_named(store):
+    with pytest.raises(ObjectMissingError, match=r"'no/where'.*run: it is not there"):
+        store.get("no/where")
+
+
+@pytest.mark.parametrize("key", ["", "/a", "../a", "a/../b", "a//b", "./a", "a/.tmp-x", "a\\b", "a\nb"])
+def test_keys_that_are_not_plain_relative_paths_are_refused(store, key):
+    with pytest.raises(ValueError, match="expected a relative path"):
+        store.put(key, b"")
+
+
+def test_a_store_means_the_same_place_in_every_process(store, tmp_path, monkeypatch):
+    store.put("k", b"v")
+    monkeypatch.chdir(tmp_path)
+    relative = Store("run2")
+    copies = pickle.loads(pickle.dumps((store, relative)))
+    monkeypatch.chdir("/")
+
+    assert copies[0].get("k") == b"v"
+    assert copies[1].uri == str(tmp_path / "run2")
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/run", "s3://", "memory://", "", "file://"])
+def test_a_uri_that_names_no_place_is_refused(uri):
+    with pytest.raises(ValueError, match="found"):
+        Store(uri)
+
+
+def test_writers_that_were_killed_leave_nothing_that_is_listed(tmp_path):
+    store = Store(tmp_path)
+    store.put("dead/part/a", b"")
+    store.delete("dead/part/a")
+    (tmp_path / "dead/part/.tmp-123").write_bytes(b"half")
+    store.put("dead/whole", b"")
+    assert store.list() == ["dead/whole"]
+
+    store.remove_leftovers("dead")
+    assert [str(tmp_path / "dead/whole")] == files_below(tmp_path)
+    assert not (tmp_path / "dead/part").exists()
+
+
+def test_a_file_and_its_name_are_synced_before_put_and_create_return(tmp_path, monkeypatch):
+    events: list[str] = []
+
+    def record(name, path_of):
+        original = getattr(os, name)
+
+        def wrapper(*args):
+            events.append(f"{name} {path_of(*args)}")
+            return original(*args)
+
+        monkeypatch.setattr(os, name, wrapper)
+
+    def kind(descriptor):
+        return "folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file"
+
+    store = Store(tmp_path)
+    record("fsync", kind)
+    record("replace", lambda _, target: os.path.basename(target))
+    record("link", lambda _, target: os.path.basename(target))
+    store.put("k", b"v")
+    store.create("c", b"v")
+    store.put("new/k", b"v")
+
+    write = ["fsync file", "replace k", "fsync folder"]
+    assert events == [*write, "fsync file", "link c", "fsync folder", "fsync folder", *write]
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.put("k", b"old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"cannot write 'k' in .*: the disk is full; free space") as caught:
+        store.put("k", b"new")
+    monkeypatch.undo()
+
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert files_below(tmp_path) == [str(tmp_path / "k")]
+    assert store.get("k") == b"old"
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file")
+    for action in (lambda: store.put("a", b""), lambda: store.create("a", b""), lambda: store.list("a/")):
+        with pytest.raises(StoreError, match="a part of this path is a file, not a folder"):
+            action()
+
+
+def test_a_place_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    store = Store(tmp_path / "run")
+    as_root = os.geteuid() == 0
+    if as_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(StoreError, match="no permission; check the owner"):
+            store.put("k", b"")
+    finally:
+        if as_root:
+            os.seteuid(0)
