@@ -10,12 +10,16 @@ Shapes: B samples, N images in memory, H x W their pixels, C = 3 channels, S out
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from math import ceil
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from dataloading.plan import Plan
 
 
 def crop_resize(
@@ -84,3 +88,23 @@ def _weighted_lines(lines: Tensor, taps: list[tuple[Tensor, Tensor]]) -> Tensor:
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+class MemoryCrops:
+    """Crops of images that lie in memory, made where they are needed: no threads, nothing to wait for."""
+
+    def __init__(self, pixels_NHWC: NDArray[np.uint8], size: int, device: torch.device) -> None:
+        with warnings.catch_warnings():
+            # torch warns that a read-only array could be written; it never is.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._pixels_NHWC = torch.from_numpy(np.ascontiguousarray(pixels_NHWC)).to(device)
+        self._size = size
+
+    def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
+        """Yield each plan with its crops, float32 in [0, 1], (M, C, S, S)."""
+        for plan in plans:
+            windows = (plan.sources_M, plan.anchors_M2, plan.sizes_M2)
+            yield plan, crop_resize(self._pixels_NHWC, *windows, size=self._size)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,225 @@
+"""Batches for training and evaluation: this rank's part of every global step, on the device.
+
+Three image paths stand behind one contract: small images that lie in memory are cropped in torch on the device
+(`memory`), encoded images go through DALI (`dali`), and torchvision is the slow reference for both (`torch`).
+
+Shapes: B samples of this rank, V views, C = 3 channels, S side of a view, G global batch, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataloading import stream
+from dataloading.augment import AugmentConfig
+from dataloading.color import augment_colors, normalize
+from dataloading.crop import MemoryCrops
+from dataloading.damaged import BadRow, DamagedRows
+from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
+
+if TYPE_CHECKING:
+    from dataloading.index import Dataset
+
+BACKENDS = ("auto", "memory", "dali", "torch")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with the dataset rows that they are."""
+
+    images_BCHW: Tensor
+    """float32, normalised, on the device; (V, B, C, S, S) if there are several views (`images_VBCHW`)."""
+    indices_B: Tensor
+    """Dataset row numbers, int64, on the CPU."""
+    valid_B: Tensor
+    """bool, on the CPU. False: the image is damaged and shows another; no loss, no write to the bank."""
+
+    @property
+    def images_VBCHW(self) -> Tensor:
+        """The images with a dimension for views, also if there is only one."""
+        return self.images_BCHW if self.images_BCHW.dim() == 5 else self.images_BCHW[None]
+
+
+class Crops(Protocol):
+    """A way from plans to pixels. Plans are taken ahead of the crops that are yielded."""
+
+    def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
+        """Yield for each plan the plan as carried out (rows that failed replaced) and float32 crops in [0, 1]."""
+        ...
+
+    def close(self) -> None:
+        """End threads and free memory."""
+        ...
+
+
+class Loader:
+    """An endless source of one rank's batches; made once per run by `make_loader`."""
+
+    def __init__(
+        self,
+        crops: Crops,
+        finish: Callable[[Tensor, Plan], Tensor],
+        planner: Planner,
+        damaged: DamagedRows,
+        *,
+        num_rows: int,
+        seed: int,
+        global_batch: int,
+        offsets: tuple[int, int],
+        num_views: int,
+    ) -> None:
+        self._crops, self._finish, self._planner, self._damaged = crops, finish, planner, damaged
+        self._num_rows, self._seed, self._num_views = num_rows, seed, num_views
+        self._global_batch, self._offsets = global_batch, offsets
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield this rank's batch of step start_step, start_step + 1, and so on without end.
+
+        A new call starts anew at its step and ends iterators of earlier calls. Raises ValueError if no image of the
+        dataset can be decoded, OSError if the storage fails.
+        """
+        for plan, crops in self._crops.crops(self._plans(start_step)):
+            images = self._finish(crops, plan)
+            if self._num_views > 1:
+                images = images.view(self._num_views, len(plan.rows_B), *images.shape[1:])
+            yield _batch(plan, images)
+
+    def close(self) -> None:
+        """End the threads of the loader. It yields nothing afterwards."""
+        self._crops.close()
+
+    @property
+    def bad_rows(self) -> list[BadRow]:
+        """The damaged rows known so far: those of the index and those that failed to decode since."""
+        return self._damaged.rows()
+
+    def _plans(self, start_step: int) -> Iterator[Plan]:
+        for step in count(start_step):
+            positions = stream.positions(step, self._global_batch)[slice(*self._offsets)]
+            rows_B = stream.rows(positions, self._num_rows, self._seed)
+            yield self._planner.plan(rows_B, stream.visits(positions, self._num_rows))
+
+
+def make_loader(
+    dataset: Dataset,
+    augment: AugmentConfig,
+    *,
+    seed: int,
+    global_batch: int,
+    offsets: tuple[int, int],
+    device: torch.device | str,
+    num_threads: int,
+    backend: str = "auto",
+) -> Loader:
+    """Return the loader of one rank.
+
+    seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
+    the G positions of a step; may be empty. num_threads: most threads that decoding and reading use together (at least
+    one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch.
+    """
+    start, stop = offsets
+    if not 0 <= start <= stop <= global_batch:
+        raise ValueError(f"offsets: found {offsets}, expected 0 <= start <= stop <= global batch {global_batch}")
+    damaged = DamagedRows(dataset.index)
+    planner = TrainPlanner(dataset.index, damaged, augment, seed)
+    num_windows = (stop - start) * augment.num_views
+    crops, reference = _open_crops(
+        dataset, planner, damaged, augment.size, num_windows, torch.device(device), num_threads, backend
+    )
+
+    def finish(crops_MCHW: Tensor, plan: Plan) -> Tensor:
+        assert plan.factors is not None
+        if reference:
+            from dataloading.torch_loader import reference_colors
+
+            return reference_colors(crops_MCHW, plan.factors, augment)
+        return augment_colors(crops_MCHW, plan.factors, augment)
+
+    return Loader(
+        crops,
+        finish,
+        planner,
+        damaged,
+        num_rows=dataset.index.num_rows,
+        seed=seed,
+        global_batch=global_batch,
+        offsets=offsets,
+        num_views=augment.num_views,
+    )
+
+
+def eval_batches(
+    dataset: Dataset,
+    rows: Sequence[int],
+    *,
+    resize: int,
+    crop: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    batch_size: int,
+    device: torch.device | str,
+    num_threads: int,
+    backend: str = "auto",
+) -> Iterator[Batch]:
+    """Yield the given rows in order, batch_size at a time (the last may be smaller), without augmentation.
+
+    The central crop x crop pixels of the image whose shorter side is resized to `resize`, normalised. Damaged images
+    are replaced and marked as in training.
+    """
+    rows_R = np.asarray(rows, dtype=np.int64)
+    damaged = DamagedRows(dataset.index)
+    planner = EvalPlanner(dataset.index, damaged, resize, crop)
+    crops, _ = _open_crops(dataset, planner, damaged, crop, batch_size, torch.device(device), num_threads, backend)
+    parts = (rows_R[start : start + batch_size] for start in range(0, len(rows_R), batch_size))
+    try:
+        for plan, crops_BCHW in crops.crops(planner.plan(part, np.zeros_like(part)) for part in parts):
+            yield _batch(plan, normalize(crops_BCHW, mean, std))
+    finally:
+        crops.close()
+
+
+def _open_crops(
+    dataset: Dataset,
+    planner: Planner,
+    damaged: DamagedRows,
+    size: int,
+    num_windows: int,
+    device: torch.device,
+    num_threads: int,
+    backend: str,
+) -> tuple[Crops, bool]:
+    """Return the image path, and whether it is the torchvision reference."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: found {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if num_threads < 1:
+        raise ValueError(f"num_threads: found {num_threads}, expected at least 1")
+    if backend == "auto":
+        has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+        backend = "memory" if dataset.pixels_NHWC is not None else "dali" if has_dali else "torch"
+    if backend == "memory":
+        if dataset.pixels_NHWC is None:
+            raise ValueError(f"backend 'memory': {dataset.index.source} has no pixels in memory; use 'auto'")
+        return MemoryCrops(dataset.pixels_NHWC, size, device), False
+    if backend == "torch":
+        from dataloading.torch_loader import TorchCrops
+
+        return TorchCrops(dataset, planner, damaged, size=size, device=device, num_threads=num_threads), True
+    if dataset.read is None:
+        raise ValueError(f"backend 'dali': {dataset.index.source} has no encoded images; use 'auto'")
+    from dataloading.dali_crops import DaliCrops
+
+    return DaliCrops(
+        dataset.read, planner, damaged, size=size, num_windows=num_windows, device=device, num_threads=num_threads
+    ), False
+
+
+def _batch(plan: Plan, images: Tensor) -> Batch:
+    return Batch(images, torch.from_numpy(plan.rows_B), torch.from_numpy(plan.valid_B))
