@@ -14,7 +14,7 @@ from urllib.error import URLError
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, dataset_of_pixels
+from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
 from dataloading.listing import contents, existing_root
 
 _SIDE = 32
@@ -95,8 +95,7 @@ def open_cifar(
     pixels_NHWC = np.ascontiguousarray(planes_NCHW.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1))
     names = (f"{name}/{number}" for name, record in records for number in range(len(record)))
     dataset = dataset_of_pixels(f"{kind.folder} {path} ({split})", pixels_NHWC, labels_N, kind.class_names, names)
-    if index is not None and (difference := index.difference(dataset.index)):
-        raise DatasetChanged(f"{folder} is not what its index says: {difference}. {_again(kind)}")
+    require_same(folder, index, dataset.index)
     return dataset
 
 

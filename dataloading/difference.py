@@ -20,52 +20,59 @@ _NUM_SHOWN = 3
 def describe_difference(saved: DatasetIndex, current: DatasetIndex) -> str | None:
     """Return what changed from `saved` to `current`, None if nothing did. Sizes, labels and digests are compared
     where both sides know them."""
-    parts = _different_files(saved.files, current.files) + _different_rows(saved, current)
-    if saved.class_names != current.class_names:
-        parts.append(f"the classes were {_some(saved.class_names)} and are {_some(current.class_names)}")
+    rows_before_K, rows_now_K, parts = _different_names(saved.names, current.names)
+    parts += _different_files(saved.files, current.files)
+    parts += _different_values(saved, "num_bytes_N", current, rows_before_K, rows_now_K)
     if not parts and saved.digest and current.digest and saved.digest != current.digest:
         parts.append("the names and byte sizes are the same, but the contents of the images differ")
+    parts += _different_values(saved, "labels_N", current, rows_before_K, rows_now_K)
+    if saved.class_names != current.class_names:
+        parts.append(f"the classes were {_some(saved.class_names)} and are {_some(current.class_names)}")
     if not parts:
         return None
     counts = f"{saved.num_rows:,} images before, {current.num_rows:,} now"
     return f"{counts}: {'; '.join(parts)}"
 
 
-def _different_rows(saved: DatasetIndex, current: DatasetIndex) -> list[str]:
-    names_before, names_now = list(saved.names), list(current.names)
-    if names_before == names_now:
-        rows_K = np.arange(saved.num_rows)
-        return _different_values(saved, current, rows_K, rows_K)
-    row_now = {name: row for row, name in enumerate(names_now)}
-    removed = [name for name in names_before if name not in row_now]
-    before_K = np.array([row for row, name in enumerate(names_before) if name in row_now], dtype=np.int64)
-    now_K = np.array([row_now[names_before[row]] for row in before_K], dtype=np.int64)
-    is_added = np.ones(current.num_rows, dtype=np.bool_)
+def _different_names(
+    saved: Sequence[str], current: Sequence[str]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Return the rows of the names that both lists have, in the saved and in the current one, and what differs."""
+    before, now = list(saved), list(current)
+    if before == now:
+        rows_K = np.arange(len(now))
+        return rows_K, rows_K, []
+    row_now = {name: row for row, name in enumerate(now)}
+    removed = [name for name in before if name not in row_now]
+    before_K = np.array([row for row, name in enumerate(before) if name in row_now], dtype=np.int64)
+    now_K = np.array([row_now[before[row]] for row in before_K], dtype=np.int64)
+    is_added = np.ones(len(now), dtype=np.bool_)
     is_added[now_K] = False
-    added = [names_now[row] for row in np.flatnonzero(is_added)]
+    added = [now[row] for row in np.flatnonzero(is_added)]
     parts = [
         f"{len(names):,} {what} ({_some(names)})" for names, what in ((added, "added"), (removed, "removed")) if names
     ]
     if not parts:
         parts.append(f"the order differs (row {int(np.argmax(before_K != now_K))} is the first)")
-    return parts + _different_values(saved, current, before_K, now_K)
+    return before_K, now_K, parts
+
+
+_WHAT = {"num_bytes_N": "of another byte size", "labels_N": "with another label"}
 
 
 def _different_values(
-    saved: DatasetIndex, current: DatasetIndex, before_K: NDArray[np.int64], now_K: NDArray[np.int64]
+    saved: DatasetIndex,
+    column: str,
+    current: DatasetIndex,
+    before_K: NDArray[np.int64],
+    now_K: NDArray[np.int64],
 ) -> list[str]:
-    parts = []
-    for what, values_before, values_now in (
-        ("of another byte size", saved.num_bytes_N, current.num_bytes_N),
-        ("with another label", saved.labels_N, current.labels_N),
-    ):
-        if values_before is None or values_now is None:
-            continue
-        other = before_K[values_before[before_K] != values_now[now_K]]
-        if other.size:
-            shown = [saved.names[int(row)] for row in other[: _NUM_SHOWN + 1]]
-            parts.append(f"{other.size:,} {what} ({_some(shown)})")
-    return parts
+    values_before, values_now = getattr(saved, column), getattr(current, column)
+    if values_before is None or values_now is None:
+        return []
+    other = before_K[values_before[before_K] != values_now[now_K]]
+    shown = [saved.names[int(row)] for row in other[: _NUM_SHOWN + 1]]
+    return [f"{other.size:,} {_WHAT[column]} ({_some(shown)})"] if other.size else []
 
 
 def _different_files(saved: dict[str, int], current: dict[str, int]) -> list[str]:

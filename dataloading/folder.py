@@ -10,7 +10,7 @@ sorted by name.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.headers import EXTENSIONS, Progress, Scan, all_small, scan
-from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, Names, list_digest
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
 
 _CHUNK = 64
@@ -53,10 +53,7 @@ def open_folder(
             "directly or in one folder per class"
         )
     listed = _listing(f"folder {path} ({split})", files[:max_rows], classes)
-    if index is not None and (difference := index.difference(listed)):
-        raise DatasetChanged(
-            f"{base} is not what its index says: {difference}. Restore the files, or index them again for a new run"
-        )
+    require_same(base, index, listed)
     names = Names.of(listed.names)
     if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
         return Dataset(index, None, FolderReader(base, names))
@@ -65,17 +62,12 @@ def open_folder(
         raise DatasetError(
             f"none of the {len(names):,} images in {base} can be read; {names[0]}: {found.reasons[0]}. Check the files"
         )
-    scanned = DatasetIndex(
-        source=listed.source,
-        names=names,
+    scanned = replace(
+        listed,
         heights_N=found.heights_N,
         widths_N=found.widths_N,
-        labels_N=listed.labels_N,
-        class_names=listed.class_names,
         bad_N=found.bad_N,
-        digest=listed.digest,
         reasons=found.reasons,
-        num_bytes_N=listed.num_bytes_N,
     )
     read = FolderReader(base, names) if found.pixels_NHWC is None else None
     return Dataset(scanned, found.pixels_NHWC, read)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,18 @@ class Scan:
         return bad_N
 
 
+class _Look(NamedTuple):
+    """What one image is."""
+
+    height: int = 0
+    width: int = 0
+    reason: str = ""
+    """Why the header cannot be used; empty where it can."""
+    pixels_HWC: NDArray[np.uint8] | None = None
+    decode_reason: str = ""
+    """Why the pixels of a small image cannot be decoded; empty where they can, or where nobody tried."""
+
+
 @dataclass
 class _Small:
     """Pixels of small images of one size, for as long as all images are that."""
@@ -71,22 +83,28 @@ class _Small:
     num_rows: int
     wanted: bool = True
     size: tuple[int, int] | None = None
-    pixels_NHWC: NDArray[np.uint8] | None = field(default=None, repr=False)
+    pixels_NHWC: NDArray[np.uint8] | None = None
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Per row that could not be decoded, why. They count only where the pixels are kept in the end: whether an image of
+    a mixed data set was decoded before another size turned up depends on the threads."""
 
     def accepts(self, height: int, width: int) -> bool:
         """True if an image of this size may be one of them. Called from many threads."""
         size = self.size
         return self.wanted and ((height, width) == size if size else small_enough(height, width, self.num_rows))
 
-    def put(self, row: int, pixels_HWC: NDArray[np.uint8] | None) -> None:
-        """Keep the pixels of a good row; None says that it is of another size, and ends the collection."""
-        if pixels_HWC is not None and self.size is None:
-            self.size = pixels_HWC.shape[:2]
-            self.pixels_NHWC = np.zeros((self.num_rows, *pixels_HWC.shape), dtype=np.uint8)
-        if pixels_HWC is None or pixels_HWC.shape[:2] != self.size:
+    def put(self, row: int, look: _Look) -> None:
+        """Keep the pixels of an image whose header is good; the first of another size ends the collection."""
+        size = (look.height, look.width)
+        if self.size is None and self.accepts(*size):
+            self.size = size
+            self.pixels_NHWC = np.zeros((self.num_rows, *size, 3), dtype=np.uint8)
+        if size != self.size or self.pixels_NHWC is None:
             self.wanted, self.pixels_NHWC = False, None
-        elif self.pixels_NHWC is not None:
-            self.pixels_NHWC[row] = pixels_HWC
+        elif look.pixels_HWC is None:
+            self.reasons[row] = look.decode_reason
+        else:
+            self.pixels_NHWC[row] = look.pixels_HWC
 
 
 def small_enough(height: int, width: int, num_rows: int) -> bool:
@@ -124,20 +142,19 @@ def scan(
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as executor:
         warnings.simplefilter("ignore")
         for looks in _map_in_order(executor, lambda chunk: _look_at(chunk, open_item, small), chunks, num_threads):
-            for height, width, reason, pixels_HWC in looks:
-                heights_N[row], widths_N[row] = height, width
-                if reason:
-                    reasons[row] = reason
+            for look in looks:
+                heights_N[row], widths_N[row] = look.height, look.width
+                if look.reason:
+                    reasons[row] = look.reason
                 elif small.wanted:
-                    small.put(row, pixels_HWC)
+                    small.put(row, look)
                 row += 1
             if on_progress:
                 on_progress(row, num_rows)
     assert row == num_rows, f"found {row} images, expected {num_rows}"
+    if small.pixels_NHWC is not None:
+        reasons |= small.reasons
     return Scan(heights_N, widths_N, reasons, small.pixels_NHWC)
-
-
-_Look = tuple[int, int, str, NDArray[np.uint8] | None]
 
 
 def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small: _Small) -> list[_Look]:
@@ -147,17 +164,28 @@ def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small
             with open_item(item) as file, Image.open(file, formats=FORMATS) as image:
                 looks.append(_look(image, small))
         except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-            looks.append((0, 0, f"{type(error).__name__}: {error}"[:200], None))
+            looks.append(_Look(reason=_reason(error)))
     return looks
 
 
 def _look(image: Image.Image, small: _Small) -> _Look:
     width, height = image.size
     if not (width > 0 and height > 0):
-        return 0, 0, f"the header says {width} x {height} pixels", None
+        return _Look(reason=f"the header says {width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        return 0, 0, f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,}", None
-    return height, width, "", decode(image) if small.accepts(height, width) else None
+        return _Look(reason=f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+    if not small.accepts(height, width):
+        return _Look(height, width)
+    try:
+        pixels_HWC = decode(image)
+        assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
+    except Exception as error:  # as above
+        return _Look(height, width, decode_reason=_reason(error))
+    return _Look(height, width, pixels_HWC=pixels_HWC)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def decode(image: Image.Image) -> NDArray[np.uint8]:
@@ -166,7 +194,7 @@ def decode(image: Image.Image) -> NDArray[np.uint8]:
         # Pillow's conversion clips 16 bits at 255; keeping the high byte is what other decoders do.
         grey_HW = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey_HW[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _map_in_order(

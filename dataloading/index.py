@@ -199,6 +199,14 @@ def dataset_of_pixels(
     return Dataset(index, pixels_NHWC, None)
 
 
+def require_same(where: str | Path, saved: DatasetIndex | None, current: DatasetIndex) -> None:
+    """Raise DatasetChanged where the images at `where` are no longer those of a saved index, if there is one."""
+    if saved is not None and (difference := saved.difference(current)):
+        raise DatasetChanged(
+            f"{where} is not what its index says: {difference}. Restore the images, or index them again for a new run"
+        )
+
+
 def list_digest(names: Names, num_bytes_N: NDArray[np.int64], content: bytes = b"") -> str:
     """Return the sha256 (hex) of the names in order, the byte sizes and `content`, a hash of the images' bytes.
 

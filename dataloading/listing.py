@@ -28,15 +28,16 @@ def list_files(
         folder, prefix, above = waiting.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                is_wanted = os.path.splitext(entry.name)[1].lower() in extensions
+                if entry.name.startswith(".") or not (is_wanted or entry.is_dir()):
                     continue
                 if entry.is_symlink():
                     _check_link(Path(entry.path), real_root)
                 if entry.is_dir():
-                    real = Path(entry.path).resolve() if entry.is_symlink() else Path(entry.path)
+                    real = Path(entry.path).resolve()
                     if real not in above:
                         waiting.append((Path(entry.path), f"{prefix}{entry.name}/", above | {real}))
-                elif os.path.splitext(entry.name)[1].lower() in extensions and entry.is_file():
+                elif is_wanted and entry.is_file():
                     found.append((prefix + entry.name, entry.stat().st_size))
                     if first_only:
                         return found

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataloading.headers import Progress, all_small, scan
-from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, Names, list_digest
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet_reader import ParquetReader
 
@@ -65,14 +65,12 @@ def open_parquet(
     files = _open_files(path, split)
     num_rows = files.num_rows if max_rows is None else min(max_rows, files.num_rows)
     listed = _listing(f"parquet {path} ({split})", files, num_rows)
-    if index is not None and (difference := index.difference(listed)):
-        raise _changed(path, difference)
+    require_same(path, index, listed)
     reader = ParquetReader(files.paths, files.starts, files.image)
     if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
         return Dataset(index, None, reader)
     dataset = _scan(files, listed, reader, on_progress)
-    if index is not None and (difference := index.difference(dataset.index)):
-        raise _changed(path, difference)
+    require_same(path, index, dataset.index)
     return dataset
 
 
@@ -239,9 +237,3 @@ def _open_bytes(image: bytes | None) -> BinaryIO:
     if image is None:
         raise ValueError("the row holds no bytes (only a path?)")
     return io.BytesIO(image)
-
-
-def _changed(root: Path, difference: str) -> DatasetChanged:
-    return DatasetChanged(
-        f"{root} is not what its index says: {difference}. Restore the files, or index them again for a new run"
-    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from dataloading.cifar import KINDS, open_cifar
 from dataloading.folder import open_folder
 from dataloading.headers import EXTENSIONS, Progress
-from dataloading.index import Dataset, DatasetChanged, DatasetError, DatasetIndex, dataset_of_pixels
+from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet import open_parquet, parquet_files
 
@@ -95,8 +95,5 @@ def _open_demo(split: str, max_rows: int | None, index: DatasetIndex | None) -> 
     pixels_NHWC, labels_N = pixels_NHWC[:max_rows], labels_N[:max_rows]
     names = (f"{split}/{row}" for row in range(len(labels_N)))
     dataset = dataset_of_pixels(f"demo ({split})", pixels_NHWC, labels_N, CLASS_NAMES, names)
-    if index is not None and (difference := index.difference(dataset.index)):
-        raise DatasetChanged(
-            f"the demo images are not those of the index: {difference}. Index them again for a new run"
-        )
+    require_same("the list of demo images", index, dataset.index)
     return dataset
