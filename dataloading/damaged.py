@@ -8,6 +8,7 @@ Shapes: B samples, N rows of the dataset.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,40 +29,50 @@ class BadRow:
 
 
 class DamagedRows:
-    """The bad rows known so far: those of the index, and those that failed since. A row fails only once."""
+    """The bad rows: those of the index, which are never looked at, and a record of those that failed since.
+
+    The record changes no result. Whether an image decodes may depend on the window (half a JPEG file still has its
+    upper half), so every visit of a recorded row is tried again; else pixels would depend on what a rank has seen.
+    """
 
     def __init__(self, index: DatasetIndex) -> None:
         self._index = index
-        self._bad_N = np.array(index.bad_N, dtype=bool)
         self._found: dict[int, BadRow] = {}
 
     def add(self, row: int, reason: str) -> None:
-        """Remember that `row` cannot be decoded. reason: one line for people."""
-        self._bad_N[row] = True
+        """Record that `row` could not be decoded. reason: one line for people."""
         self._found.setdefault(row, BadRow(row, self._index.names[row], reason))
 
+    def is_recorded(self, row: int) -> bool:
+        """Return whether the row failed before. Safe to call in threads."""
+        return row in self._found
+
     def rows(self) -> list[BadRow]:
-        """Return all bad rows by number, those of the index first known included."""
+        """Return all bad rows by number, those of the index included."""
         listed = (int(row) for row in np.flatnonzero(self._index.bad_N))
         known = {row: BadRow(row, self._index.names[row], self._index.reasons.get(row, "")) for row in listed}
         return [bad for _, bad in sorted((known | self._found).items())]
 
-    def stand_ins(self, rows_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return for each row the row whose pixels are shown: itself, or the next good one (cyclic), int64 (B,).
+    def stand_ins(self, rows_B: NDArray[np.int64], failed: Mapping[int, set[int]]) -> NDArray[np.int64]:
+        """Return for each row the row whose pixels are shown: itself or the next good one (cyclic), int64 (B,).
 
-        Raises ValueError if no row is good.
+        failed: per sample (its place in rows_B) the rows that failed to decode for it. Raises ValueError if no row is
+        left for a sample.
         """
         stand_ins_B = rows_B.copy()
-        for sample in np.flatnonzero(self._bad_N[rows_B]):
-            stand_ins_B[sample] = self._next_good(int(rows_B[sample]))
+        for sample in {*np.flatnonzero(self._index.bad_N[rows_B]).tolist(), *failed}:
+            stand_ins_B[sample] = self._next_good(int(rows_B[sample]), failed.get(sample, set()))
         return stand_ins_B
 
-    def _next_good(self, row: int) -> int:
-        for part, start in ((self._bad_N[row:], row), (self._bad_N[:row], 0)):
-            good = int(np.argmin(part)) if len(part) else 0
-            if len(part) and not part[good]:
-                return start + good
+    def _next_good(self, row: int, failed: set[int]) -> int:
+        bad_N = self._index.bad_N
+        for start, stop in ((row, len(bad_N)), (0, row)):
+            while start < stop:
+                start += int(np.argmin(bad_N[start:stop]))
+                if not bad_N[start] and start not in failed:
+                    return start
+                start = start + 1 if start in failed else stop
         raise ValueError(
-            f"no image of {self._index.source} can be decoded: found {len(self._bad_N)} rows, all damaged, the last "
-            f"failure at row {row} ({self._index.names[row]}); expected at least one good image, check the data"
+            f"no image of {self._index.source} can be decoded: found {len(bad_N)} rows, all damaged (last tried for row "
+            f"{row}, {self._index.names[row]}); expected at least one good image, check the data"
         )

@@ -23,6 +23,7 @@ from dataloading.augment import AugmentConfig
 from dataloading.color import augment_colors, normalize
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
+from dataloading.encoded import EncodedCrops
 from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
 
 if TYPE_CHECKING:
@@ -208,17 +209,34 @@ def _open_crops(
         if dataset.pixels_NHWC is None:
             raise ValueError(f"backend 'memory': {dataset.index.source} has no pixels in memory; use 'auto'")
         return MemoryCrops(dataset.pixels_NHWC, size, device), False
-    if backend == "torch":
-        from dataloading.torch_loader import TorchCrops
+    if dataset.pixels_NHWC is not None and backend == "torch":
+        from dataloading.torch_loader import ReferenceMemoryCrops
 
-        return TorchCrops(dataset, planner, damaged, size=size, device=device, num_threads=num_threads), True
+        return ReferenceMemoryCrops(dataset.pixels_NHWC, size, device), True
     if dataset.read is None:
-        raise ValueError(f"backend 'dali': {dataset.index.source} has no encoded images; use 'auto'")
-    from dataloading.dali_crops import DaliCrops
+        raise ValueError(f"backend {backend!r}: {dataset.index.source} has no encoded images; use 'auto'")
+    num_readers = max(1, num_threads // 4)
+    num_decoders = max(1, num_threads - num_readers)
+    if backend == "dali":
+        from dataloading.dali_pipeline import DaliDecoder
 
-    return DaliCrops(
-        dataset.read, planner, damaged, size=size, num_windows=num_windows, device=device, num_threads=num_threads
-    ), False
+        max_windows = max(1, num_windows)
+        decoder = DaliDecoder(size=size, max_windows=max_windows, device=device, num_threads=num_decoders)
+    else:
+        from dataloading.torch_loader import PillowDecoder
+
+        decoder = PillowDecoder(size=size, device=device, num_threads=num_decoders)
+    crops = EncodedCrops(
+        dataset.read,
+        dataset.index,
+        planner,
+        damaged,
+        decoder,
+        size=size,
+        device=device,
+        num_readers=num_readers,
+    )
+    return crops, backend == "torch"
 
 
 def _batch(plan: Plan, images: Tensor) -> Batch:

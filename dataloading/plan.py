@@ -1,14 +1,16 @@
 """Plans: all that decides the pixels of a batch, before any image is touched.
 
-A plan is a pure function of the rows, their visits and the bad rows known so far. When a row turns out to be damaged the
-same rows are planned again, and only the samples that showed it change.
+A plan is a pure function of the rows, their visits and of what failed to decode for them. When an image turns out to be
+damaged the same rows are planned again, and only the samples that showed it change.
 
 Shapes: B samples of a batch, V views, M = V * B windows (view by view), 2 (vertical, horizontal).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +21,11 @@ from dataloading.damaged import DamagedRows
 
 if TYPE_CHECKING:
     from dataloading.index import DatasetIndex
+
+
+Failed = Mapping[int, set[int]]
+"""Per sample (its place in the batch): the rows whose images failed to decode for it."""
+_NONE: Failed = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class Plan:
 
 
 class Planner(Protocol):
-    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64]) -> Plan:
-        """Return the plan for the rows, with the bad rows known now replaced."""
+    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64], failed: Failed = _NONE) -> Plan:
+        """Return the plan for the rows; bad rows of the index, and rows that failed for a sample, are replaced."""
         ...
 
 
@@ -53,8 +60,8 @@ class TrainPlanner:
     def __init__(self, index: DatasetIndex, damaged: DamagedRows, augment: AugmentConfig, seed: int) -> None:
         self._index, self._damaged, self._augment, self._seed = index, damaged, augment, seed
 
-    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64]) -> Plan:
-        augment, stand_ins_B = self._augment, self._damaged.stand_ins(rows_B)
+    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64], failed: Failed = _NONE) -> Plan:
+        augment, stand_ins_B = self._augment, self._damaged.stand_ins(rows_B, failed)
         heights_B, widths_B = self._index.heights_N[stand_ins_B], self._index.widths_N[stand_ins_B]
         windows, factors = [], []
         for view in range(augment.num_views):
@@ -79,8 +86,8 @@ class EvalPlanner:
     def __init__(self, index: DatasetIndex, damaged: DamagedRows, resize: int, crop: int) -> None:
         self._index, self._damaged, self._resize, self._crop = index, damaged, resize, crop
 
-    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64]) -> Plan:
-        stand_ins_B = self._damaged.stand_ins(rows_B)
+    def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64], failed: Failed = _NONE) -> Plan:
+        stand_ins_B = self._damaged.stand_ins(rows_B, failed)
         heights_B, widths_B = self._index.heights_N[stand_ins_B], self._index.widths_N[stand_ins_B]
         anchors_B2, sizes_B2 = eval_windows(heights_B, widths_B, resize=self._resize, crop=self._crop)
         return Plan(rows_B, visits_B, stand_ins_B == rows_B, stand_ins_B, anchors_B2, sizes_B2, None)

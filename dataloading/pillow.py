@@ -1,0 +1,65 @@
+"""Images through Pillow: the check of a header before anything is decoded, and the decoder that every format has.
+
+Shapes: H x W pixels of the image, C = 3 channels, S side of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
+
+from dataloading import headers
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an encoded image says that it is."""
+
+    format: str
+    height: int
+    width: int
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return the formats that are opened: DALI's, and two that only Pillow knows. No others: files are not trusted."""
+    Image.init()
+    return (*headers.FORMATS, *(name for name in ("GIF", "AVIF") if name in Image.OPEN))
+
+
+def read_header(encoded: bytes) -> Header:
+    """Return what the header says. Raises ValueError with a reason for people if it is unreadable or too large."""
+    try:
+        with Image.open(BytesIO(encoded), formats=_formats()) as image:
+            header = Header(image.format or "", image.height, image.width)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{len(encoded):,} bytes that are no image in a known format") from error
+    except Exception as error:  # a parser that meets a damaged file raises nearly anything
+        raise ValueError(f"unreadable header of {len(encoded):,} bytes: {type(error).__name__}: {error}") from error
+    if header.height * header.width > headers.MAX_PIXELS:
+        raise ValueError(
+            f"decompression bomb: {header.width} x {header.height} pixels, expected at most {headers.MAX_PIXELS:,}"
+        )
+    return header
+
+
+def decode(encoded: bytes) -> NDArray[np.uint8]:
+    """Return the pixels, uint8 (H, W, C), without EXIF rotation. Raises what Pillow raises."""
+    with Image.open(BytesIO(encoded), formats=_formats()) as image:
+        # Palettes with transparency go by way of RGBA, as Pillow asks for in a warning.
+        return headers.decode(image.convert("RGBA") if image.mode == "P" else image)
+
+
+def decode_crop(encoded: bytes, anchor: NDArray[np.int64], window: NDArray[np.int64], size: int) -> Tensor:
+    """Return the window (top, left), (height, width) resized as torchvision does: uint8 (C, S, S)."""
+    pixels_CHW = torch.from_numpy(decode(encoded).transpose(2, 0, 1).copy())
+    (top, left), (height, width) = anchor.tolist(), window.tolist()
+    return tv.resized_crop(pixels_CHW, top, left, height, width, [size, size], antialias=True)
