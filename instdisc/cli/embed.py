@@ -1,0 +1,61 @@
+"""`instdisc embed`: features of images by a run's encoder, as a NumPy file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser("embed", help="write the features of images as a NumPy file")
+    parser.add_argument("uri", metavar="RUN", help="folder or URI of the run")
+    parser.add_argument("source", metavar="SRC", nargs="?", help="images to embed (default: the run's own)")
+    parser.add_argument("--split", default="train", help="split of the images (default: train)")
+    parser.add_argument("--out", default="features.npy", help="file to write (default: features.npy)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Embed the images and write float32 (N, D); row numbers are those of `instdisc index`."""
+    import numpy as np
+
+    from dataloading.sources import open_dataset
+    from instdisc.embedding import embed_here
+    from instdisc.loading import load_encoder
+    from instdisc.progress import Progress
+
+    out = Path(options.out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: found no folder {out.parent}, expected one; make it first")
+    encoder = load_encoder(options.uri, device="auto")
+    data = encoder.config.data
+    if options.source:
+        dataset = open_dataset("auto", options.source, options.split)
+    else:
+        rows = data.max_rows if options.split == data.train_split else data.max_test_rows
+        dataset = open_dataset(data.kind, data.root, options.split, max_rows=rows)
+    started_s = time.monotonic()
+    progress = Progress()
+    try:
+        features_ND = embed_here(encoder, dataset, progress.update)
+    finally:
+        progress.close()
+    with open(out, "wb") as file:
+        np.save(file, features_ND.cpu().numpy(), allow_pickle=False)
+    document = {
+        "out": str(out),
+        "num_rows": len(features_ND),
+        "dim": features_ND.shape[1],
+        "source": dataset.index.source,
+        "digest": dataset.index.digest,
+        "seconds": round(time.monotonic() - started_s, 2),
+    }
+    text = f"{out}: {len(features_ND):,} features of {features_ND.shape[1]} numbers, {document['seconds']} s"
+    print(json.dumps(document) if options.json else text)
+    return 0

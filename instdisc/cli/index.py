@@ -1,0 +1,59 @@
+"""`instdisc index`: look at a data set once, and say what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from instdisc.config import SOURCE_KINDS
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser("index", help="list the images of a data set, with what is wrong with any")
+    parser.add_argument("source", metavar="SRC", help="folder of images, CIFAR or parquet files")
+    parser.add_argument("--kind", choices=SOURCE_KINDS, default="auto", help="what SRC holds (default: auto)")
+    parser.add_argument("--split", default="train", help="split to look at (default: train)")
+    parser.add_argument("--out", metavar="FILE", help="write the index as a parquet file")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Open the data set and print its index."""
+    from dataloading.sources import open_dataset
+
+    started_s = time.monotonic()
+    index = open_dataset(options.kind, options.source, options.split).index
+    if options.out:
+        index.save(options.out)
+    document = {
+        "source": index.source,
+        "num_rows": index.num_rows,
+        "num_bad": int(index.bad_N.sum()),
+        "bad": {index.names[row]: reason for row, reason in index.reasons.items()},
+        "classes": list(index.class_names) if index.labels_N is not None else None,
+        "digest": index.digest,
+        "seconds": round(time.monotonic() - started_s, 2),
+    }
+    print(json.dumps(document, indent=1) if options.json else _as_text(document, options.out))
+    return 0
+
+
+def _as_text(document: dict[str, Any], out: str | None) -> str:
+    classes = document["classes"]
+    known = f"{len(classes)} classes" if classes else "no labels"
+    lines = [
+        f"{document['source']}: {document['num_rows']:,} images, {known}, {document['num_bad']} damaged "
+        f"({document['seconds']} s)",
+        f"  digest {document['digest']}",
+    ]
+    lines += [f"  damaged: {name}: {reason}" for name, reason in list(document["bad"].items())[:20]]
+    if len(document["bad"]) > 20:
+        lines.append(f"  … and {len(document['bad']) - 20} more (--json lists all)")
+    if out:
+        lines.append(f"  written to {out}")
+    return "\n".join(lines)

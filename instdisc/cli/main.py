@@ -1,0 +1,78 @@
+"""`instdisc`: picks the command, and turns a user's mistakes into messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from instdisc import __version__
+
+# In the order of `--help`. Modules load when their command is parsed; none of them imports torch before it runs.
+COMMANDS = ("train", "show", "index", "embed", "knn", "bench", "doctor")
+USER_ERROR, INTERRUPTED, FAILED = 2, 130, 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    options.overrides = rest
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (head, less) went away: not an error, and nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        return _tell(error, USER_ERROR, options.debug)
+    except Exception as error:
+        return _tell(error, FAILED, options.debug or not _is_ours(error))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="instdisc",
+        description="Distributed instance discrimination: learn features from unlabelled images, and search them.",
+    )
+    parser.add_argument("--version", action="version", version=f"instdisc {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        command = import_module(f"instdisc.cli.{name}").add_parser(commands)
+        if command.get_default("takes_overrides") is None:
+            command.set_defaults(takes_overrides=False)
+    return parser
+
+
+def _tell(error: BaseException, code: int, with_traceback: bool) -> int:
+    if with_traceback:
+        traceback.print_exception(error)
+    name = "error" if code == USER_ERROR else f"failed ({type(error).__name__})"
+    notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []) if "Traceback" not in note)
+    print(f"instdisc: {name}: {_message(error)}{notes}", file=sys.stderr)
+    return code
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was written for people: then it needs no traceback."""
+    return type(error).__module__.partition(".")[0] in ("instdisc", "cluster", "dataloading")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""`instdisc train`: start a run, or go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from typing import Any
+
+from instdisc.cli.overrides import parse_overrides
+from instdisc.fit import LAUNCHERS, fit
+from instdisc.overrides import field_names
+from instdisc.recipes import RECIPES, recipe
+from instdisc.runs import NEIGHBOURS, Run, RunResult
+
+DEFAULT_WORKERS = 2
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "train",
+        help="train a recipe; the same command goes on where it stopped",
+        description="Train a recipe. The same command, with the same --run, goes on where it stopped.",
+        epilog=f"recipes: {', '.join(RECIPES)}\n\nfields for --SECTION.FIELD VALUE:\n  " + "\n  ".join(_fields()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", default="quickstart", help="what to train (default: quickstart)")
+    parser.add_argument("--run", metavar="URI", dest="uri", help="folder or URI of the run (default: runs/RECIPE)")
+    parser.add_argument(
+        "--workers", type=int, default=DEFAULT_WORKERS, help="DDP workers; 0 trains in this process (default: 2)"
+    )
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="ray", help="what runs the workers (default: ray)")
+    parser.add_argument("--address", help="address of a Ray cluster (default: a Ray of our own on this machine)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON document")
+    parser.set_defaults(run=run, takes_overrides=True)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train, telling what happens on standard error, and the result on standard output."""
+    from instdisc.progress import Progress
+
+    overrides = parse_overrides(options.overrides)
+    config = recipe(options.recipe, **overrides)
+    uri = options.uri or f"runs/{options.recipe}"
+    already = Run(uri).result()
+    progress = Progress()
+    try:
+        result = fit(
+            config,
+            run=uri,
+            workers=options.workers,
+            launcher=options.launcher,
+            address=options.address,
+            on_event=progress.update,
+        )
+    finally:
+        progress.close()
+    if options.json:
+        print(json.dumps({"uri": uri, "step": result.step, "finished": result.finished, "metrics": result.metrics}))
+    elif result.finished:
+        print(summary(result, uri, was_finished=already is not None))
+    else:
+        print(f"Stopped at step {result.step:,} of {result.num_steps:,}; a checkpoint is saved. Go on with:\n  "
+              f"{shlex.join(['instdisc', *sys.argv[1:]])}")  # fmt: skip
+    return 0 if result.finished else 130
+
+
+def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
+    """Return what a finished run came to, and what to do next, as text."""
+    head = "This run is finished" if was_finished else "Finished"
+    lines = [f"{head}: {result.step:,} steps, run {uri}"]
+    names = {
+        "knn_raw_pixels_top1": "kNN on raw pixels",
+        "knn_top1": "kNN, images re-encoded",
+        "knn_bank_top1": "kNN, memory bank",
+    }
+    for name, title in names.items():
+        points = result.metrics.get(name)
+        if not points:
+            continue
+        before = f"  (untrained encoder: {points[0][1]:.1f} %)" if name == "knn_top1" and points[0][0] == 0 else ""
+        lines.append(f"  {title:<24}{points[-1][1]:6.1f} %{before}")
+    folder = Run(uri).folder
+    if folder is not None and (folder / NEIGHBOURS).exists():
+        lines.append(f"  picture                 {folder / NEIGHBOURS}")
+    lines += [
+        "Next:",
+        f"  instdisc show {uri}",
+        f"  tensorboard --logdir {uri}/tensorboard",
+        f"  instdisc embed {uri} --out features.npy",
+        "  instdisc train cifar10-cpu --data.root DIR      # real images, minutes on a laptop",
+    ]
+    return "\n".join(lines)
+
+
+def _fields() -> list[str]:
+    from instdisc.config import TrainConfig
+
+    return [name for name in field_names(TrainConfig) if name != "recipe"]

@@ -1,0 +1,81 @@
+"""Weighted k-nearest-neighbour classification (arXiv 1805.01978, section 3.4), on one process or on a sharded gallery.
+
+Shapes: B queries, N gallery rows, R gallery rows of this rank, C classes, k neighbours, D feature numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cluster.collectives import Group, all_gather_rows, gather_counts
+
+_QUERY_BLOCK_SCORES = 2**24
+
+
+def knn_classify(
+    queries_BD: Tensor,
+    gallery_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    num_classes: int,
+) -> Tensor:
+    """Return the votes of the k nearest gallery rows, float32 (B, C): w_c = sum over neighbours of class c of exp(s/τ).
+
+    queries_BD, gallery_ND: any length, compared by cosine. labels_N: int64. k is cut to N.
+    """
+    scores_Bk, indices_Bk = nearest(queries_BD, gallery_ND, k)
+    return _votes(scores_Bk, labels_N.to(indices_Bk.device)[indices_Bk], temperature, num_classes)
+
+
+def nearest(queries_BD: Tensor, gallery_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the cosines, float32 (B, k), and the gallery rows, int64 (B, k), of the k nearest, the nearest first."""
+    queries_BD = F.normalize(queries_BD.float(), dim=1)
+    gallery_ND = F.normalize(gallery_ND.float(), dim=1)
+    k = min(k, len(gallery_ND))
+    block = max(1, _QUERY_BLOCK_SCORES // max(1, len(gallery_ND)))
+    parts = [torch.topk(part_bD @ gallery_ND.T, k, dim=1) for part_bD in queries_BD.split(block)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The k nearest gallery rows of each query: cosines, row numbers of the whole gallery, and their labels."""
+
+    scores_Bk: Tensor
+    rows_Bk: Tensor
+    labels_Bk: Tensor
+
+    def votes(self, temperature: float, num_classes: int) -> Tensor:
+        """Return the weighted votes, float32 (B, C)."""
+        return _votes(self.scores_Bk, self.labels_Bk, temperature, num_classes)
+
+
+def nearest_sharded(
+    queries_BD: Tensor, gallery_RD: Tensor, labels_R: Tensor, start: int, k: int, group: Group = None
+) -> Neighbours:
+    """Return the neighbours of the same queries on every rank over a gallery whose rows [start, start+R) are here.
+
+    Each rank finds its own k nearest and sends those, k*B numbers whatever the gallery's size. Collective.
+    """
+    scores_Bk, indices_Bk = nearest(queries_BD, gallery_RD, k)
+    local = (scores_Bk.T, (indices_Bk + start).T, labels_R.to(indices_Bk.device)[indices_Bk].T)
+    counts_W = gather_counts(local[0].shape[0], group)
+    scores_BM, rows_BM, labels_BM = (all_gather_rows(part.contiguous(), counts_W, group).T for part in local)
+    top = torch.topk(scores_BM, min(k, scores_BM.shape[1]), dim=1)
+    return Neighbours(top.values, rows_BM.gather(1, top.indices), labels_BM.gather(1, top.indices))
+
+
+def top1(votes_BC: Tensor, labels_B: Tensor) -> float:
+    """Return the share of queries whose strongest vote is their label, in percent."""
+    return 100.0 * (votes_BC.argmax(dim=1) == labels_B.to(votes_BC.device)).double().mean().item()
+
+
+def _votes(scores_Bk: Tensor, labels_Bk: Tensor, temperature: float, num_classes: int) -> Tensor:
+    votes_BC = torch.zeros((len(scores_Bk), num_classes), device=scores_Bk.device)
+    return votes_BC.scatter_add_(1, labels_Bk, (scores_Bk / temperature).exp())

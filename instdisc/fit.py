@@ -1,0 +1,83 @@
+"""Starting a run: here, in local processes, or on Ray; the same call continues one that was stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from instdisc.config import ConfigError, TrainConfig
+from instdisc.runs import Run, RunResult, read_curves
+
+if TYPE_CHECKING:
+    from cluster.worker import Worker
+
+LAUNCHERS = ("ray", "local")
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def fit(
+    config: TrainConfig,
+    *,
+    run: str,
+    workers: int = 0,
+    launcher: str = "ray",
+    address: str | None = None,
+    on_event: OnEvent | None = None,
+) -> RunResult:
+    """Train until the end, and return what came out; go on where the run at URI `run` stood, if it stood anywhere.
+
+    workers: 0 trains in this process; W >= 1 trains with W DDP workers, which `launcher` runs: "ray" (a Ray of our own
+    on this machine, or the cluster at `address`) or "local" (plain processes). on_event: called with what happens.
+    A finished run returns at once. Ctrl-C saves a checkpoint and returns a result whose `finished` is False.
+
+    Raises ConfigError where the run was started with another configuration, RunError on other images, and ValueError
+    or OSError for what else a person can correct.
+    """
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"launcher: found {launcher!r}, expected one of {', '.join(LAUNCHERS)}")
+    if workers < 0:
+        raise ConfigError(f"workers: found {workers}, expected 0 (this process) or more")
+    place = Run(absolute(run))
+    if config.data.root is not None:
+        config = config.with_overrides({"data.root": absolute(config.data.root)})
+    config = place.agree_on_config(with_norm_group(config, max(1, workers), place))
+    done = place.result()
+    if done is not None:
+        return done
+    outcome = _launch(config, place.uri, workers, launcher, address, on_event)
+    finished = place.result()
+    if finished is not None:
+        return finished
+    return RunResult(**{**outcome, "uri": place.uri, "metrics": read_curves(outcome["metrics"])})
+
+
+def with_norm_group(config: TrainConfig, workers: int, place: Run) -> TrainConfig:
+    """Return the configuration with its normalisation group decided, if this is the run's first start."""
+    if config.optim.norm_group is not None or place.config() is not None:
+        return config
+    return config.with_overrides({"optim.norm_group": max(2, -(-config.optim.global_batch // workers))})
+
+
+def _launch(
+    config: TrainConfig, uri: str, workers: int, launcher: str, address: str | None, on_event: OnEvent | None
+) -> dict[str, Any]:
+    if workers == 0 or launcher == "local":
+        from cluster.worker import run_local
+
+        return run_local(train_worker, workers, config.to_json(), uri, on_event=on_event)[0]
+    from cluster.ray_trainer import run_on_ray
+
+    return run_on_ray(train_worker, workers, config.to_json(), uri, address=address, on_event=on_event)
+
+
+def train_worker(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
+    """Run `instdisc.train.loop.train`, imported only where it runs: torch takes seconds to load."""
+    from instdisc.train.loop import train
+
+    return train(worker, config_json, uri)
+
+
+def absolute(place: str) -> str:
+    """Return a path as workers in other folders find it; a URI as it is."""
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))

@@ -1,0 +1,83 @@
+"""What a run learned, for use elsewhere: its encoder and its bank, read from its newest checkpoint.
+
+Shapes: N rows, B images, D feature numbers, k neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cluster.checkpoint import Checkpoint, read_latest
+from dataloading.augment import eval_windows
+from instdisc.config import TrainConfig
+from instdisc.evaluate.knn import nearest
+from instdisc.models import build_encoder
+from instdisc.runs import RunError, existing_run
+
+
+class RunEncoder(nn.Module):
+    """A run's encoder in eval mode: normalised float images (B, C, H, W) to unit features, float32 (B, D)."""
+
+    def __init__(self, encoder: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, config
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.encoder(images_BCHW)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Return the central crop of a picture, normalised as the encoder expects it, float32 (3, crop, crop)."""
+        side, resize = self.config.eval.crop, self.config.eval.resize
+        (anchor,), (size,) = eval_windows([image.height], [image.width], resize=resize, crop=side)
+        (top, left), (height, width) = anchor.tolist(), size.tolist()
+        crop = image.convert("RGB").resize(
+            (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+        )
+        mean, std = np.array(self.config.augment.mean), np.array(self.config.augment.std)
+        pixels_HWC = (np.asarray(crop) / 255 - mean) / std
+        return torch.from_numpy(pixels_HWC.transpose(2, 0, 1).astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A run's memory bank: `rows_ND` float32 of unit length, `last_step_N` int32 (-1: never written)."""
+
+    rows_ND: Tensor
+    last_step_N: Tensor
+
+    def nearest(self, features_BD: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
+        """Return cosines, float32 (B, k), and dataset rows, int64 (B, k), of the nearest rows, the nearest first."""
+        return nearest(features_BD, self.rows_ND, k)
+
+
+def load_encoder(run: str, device: str = "cpu") -> RunEncoder:
+    """Return the encoder of the run at URI `run`, in eval mode on `device` ("auto": a GPU where there is one).
+
+    Raises RunError where there is none yet.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, checkpoint = _newest(run)
+    encoder = build_encoder(config.model)
+    tensors = checkpoint.tensors()
+    encoder.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    return RunEncoder(encoder, config).to(device).eval()
+
+
+def load_bank(run: str) -> Bank:
+    """Return the memory bank of the run at URI `run`. Raises RunError where there is none yet."""
+    _, checkpoint = _newest(run)
+    return Bank(checkpoint.rows("bank").float(), checkpoint.rows("bank_last_step"))
+
+
+def _newest(uri: str) -> tuple[TrainConfig, Checkpoint]:
+    run = existing_run(uri)
+    config, checkpoint = run.config(), read_latest(run.checkpoints())
+    if config is None or checkpoint is None:
+        raise RunError(f"run {uri} has no checkpoint yet: wait for its first, or train it further")
+    return config, checkpoint

@@ -1,0 +1,7 @@
+"""Objectives of instance discrimination: pure functions from features to a scalar, arithmetic in float32 and log space."""
+
+from instdisc.objectives.infonce import infonce_loss
+from instdisc.objectives.nce import nce_loss
+from instdisc.objectives.softmax import softmax_loss
+
+__all__ = ["infonce_loss", "nce_loss", "softmax_loss"]

@@ -1,0 +1,76 @@
+"""Z, the normaliser of NCE: estimated once from the first batch, or followed as the features change.
+
+The paper takes the estimate of the first batches as a constant (arXiv 1805.01978, section 3.2). It holds for a bank of
+random vectors; as rows come to hold a young network's features, the true Z grows, and on small data sets the loss with
+the constant grows without end. Both values are kept, so that a run can show how far they are apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.collectives import Group, all_reduce_sum
+
+
+class Normalizer:
+    """log Z in use and its running estimate, float64 scalars on the device of the scores.
+
+    kind: "constant" or "ema". decay: of the running mean of Z. num_rows: N. temperature: τ.
+    """
+
+    def __init__(
+        self, *, kind: str, decay: float, num_rows: int, temperature: float, device: torch.device, group: Group = None
+    ) -> None:
+        self._kind, self._decay, self._group = kind, decay, group
+        self._log_num_rows, self._shift = math.log(num_rows), 1 / temperature
+        self._constant = torch.full((), math.nan, dtype=torch.float64, device=device)
+        self._running = torch.full((), math.nan, dtype=torch.float64, device=device)
+        self.started = False
+
+    @property
+    def log_z(self) -> Tensor:
+        """log Z that the loss uses, a float32 scalar."""
+        return (self._constant if self._kind == "constant" else self._running).float()
+
+    @property
+    def running_log_z(self) -> Tensor:
+        """log of the running estimate of Z, a float32 scalar."""
+        return self._running.float()
+
+    def observe(self, scores: Sequence[Tensor], num_scores: int) -> None:
+        """Take in a step's scores v_k.v / τ, any shapes. Collective; num_scores: of all ranks together.
+
+        Z is N times the mean of exp(v_k.v / τ) over the samples and negatives of all ranks (section 3.2). The first
+        call sets it, so it comes before the first loss; later ones move the running estimate.
+        """
+        # Scores of unit vectors are at most 1/τ, so with that shift no exponential overflows on any rank.
+        total = torch.zeros((), dtype=torch.float64, device=self._running.device)
+        for part in scores:
+            total += (part - self._shift).exp().sum(dtype=torch.float64)
+        total = all_reduce_sum(total, self._group)
+        estimate = self._log_num_rows + self._shift + torch.log(total / max(1, num_scores))
+        if not self.started:
+            self._constant, self._running, self.started = estimate, estimate.clone(), True
+            return
+        mixed = self._decay * (self._running - estimate).exp() + (1 - self._decay)
+        self._running = estimate + torch.log(mixed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as numbers that JSON keeps exactly."""
+        return {
+            "started": self.started,
+            "log_z_constant": self._constant.item() if self.started else None,
+            "log_z_running": self._running.item() if self.started else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.started = state["started"]
+        if self.started:
+            self._constant.fill_(state["log_z_constant"])
+            self._running.fill_(state["log_z_running"])

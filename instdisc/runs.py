@@ -1,0 +1,156 @@
+"""A run: one URI (a folder, or any place that fsspec knows) that holds everything of it.
+
+    config.json            what it computes, with what the first start decided (the normalisation group)
+    dataset/index.parquet  the images, so that a run can say what differs when they changed
+    dataset/digest.json    their number and digest
+    checkpoints/           cluster.checkpoint's format
+    tensorboard/           events, one folder per attempt
+    results.json           written last: the run is finished
+    neighbours.png         what it learned, to look at
+
+This module imports neither torch nor Ray, so that a finished run is known to be finished at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.store import ObjectMissingError, Store
+from dataloading.index import DatasetIndex
+from instdisc.config import ConfigError, TrainConfig, resume_differences
+
+CONFIG = "config.json"
+INDEX = "dataset/index.parquet"
+DIGEST = "dataset/digest.json"
+RESULTS = "results.json"
+NEIGHBOURS = "neighbours.png"
+
+
+class RunError(ValueError):
+    """A run that cannot be used as asked: says what, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    metrics: curves by name, each a list of (step, value): "knn_top1" (gallery re-encoded by the present encoder),
+    "knn_bank_top1" (gallery = the memory bank), "loss". finished: False where it was stopped before the end.
+    """
+
+    uri: str
+    step: int
+    num_steps: int
+    finished: bool
+    metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """Reads and writes what belongs to a run, besides its checkpoints."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.store = Store(uri)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder on this machine, None where the run is elsewhere."""
+        if self.uri.startswith("file://"):
+            return Path(self.uri.removeprefix("file://"))
+        return None if "://" in self.uri else Path(os.path.abspath(self.uri))
+
+    def checkpoints(self) -> Store:
+        """Return the store of the run's checkpoints."""
+        return Store(self.uri.rstrip("/") + "/checkpoints")
+
+    def config(self) -> TrainConfig | None:
+        """Return the stored configuration, None before the first start."""
+        text = self._read(CONFIG)
+        return None if text is None else TrainConfig.from_json(text)
+
+    def agree_on_config(self, asked: TrainConfig) -> TrainConfig:
+        """Store the configuration at the first start; later return `asked` with what the first start decided.
+
+        Raises ConfigError where a field differs that may not change when a run goes on.
+        """
+        if self.store.create(CONFIG, asked.to_json().encode()):
+            return asked
+        stored = self.config()
+        assert stored is not None
+        differences = resume_differences(stored, asked)
+        if differences:
+            raise ConfigError(
+                f"run {self.uri} was started with another configuration:\n  " + "\n  ".join(differences) + "\n"
+                "Ask for the same values, or give another --run for a new run."
+            )
+        return asked.with_overrides({"optim.norm_group": stored.optim.norm_group})
+
+    def agree_on_dataset(self, index: DatasetIndex) -> None:
+        """Store the index at the first start; later raise RunError where the images are no longer the same."""
+        digest = json.dumps({"num_rows": index.num_rows, "digest": index.digest, "source": index.source}).encode()
+        if not self.store.exists(INDEX):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "index.parquet"
+                index.save(path)
+                self.store.put(INDEX, path.read_bytes())
+        if self.store.create(DIGEST, digest):
+            return
+        stored = json.loads(self.store.get(DIGEST))
+        if stored["digest"] != index.digest:
+            difference = self.index().difference(index)
+            raise RunError(
+                f"run {self.uri} was started on other images: {difference or 'the digest differs'}. Every image has "
+                "its own row in the memory bank, so a run goes on with the same images only: put them back, or give "
+                "another --run for a new run."
+            )
+
+    def index(self) -> DatasetIndex:
+        """Return the stored index of the training images."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index.parquet"
+            path.write_bytes(self.store.get(INDEX))
+            return DatasetIndex.load(path)
+
+    def result(self) -> RunResult | None:
+        """Return what the run came to, None where it has not finished."""
+        text = self._read(RESULTS)
+        if text is None:
+            return None
+        document = json.loads(text)
+        return RunResult(**{**document, "uri": self.uri, "metrics": read_curves(document["metrics"])})
+
+    def finish(self, result: RunResult) -> None:
+        """Mark the run as finished."""
+        document = {
+            "step": result.step,
+            "num_steps": result.num_steps,
+            "finished": True,
+            "metrics": result.metrics,
+            "summary": result.summary,
+        }
+        self.store.put(RESULTS, json.dumps(document, indent=1).encode())
+
+    def _read(self, key: str) -> str | None:
+        try:
+            return self.store.get(key).decode()
+        except ObjectMissingError:
+            return None
+
+
+def read_curves(curves: dict[str, list[Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return curves as they came from JSON with their points as tuples."""
+    return {name: [(int(step), float(value)) for step, value in points] for name, points in curves.items()}
+
+
+def existing_run(uri: str) -> Run:
+    """Return the run at `uri`. Raises RunError where there is none."""
+    run = Run(uri)
+    if run.config() is None:
+        raise RunError(f"no run at {uri}: found no {CONFIG}. `instdisc train RECIPE --run {uri}` would start one.")
+    return run

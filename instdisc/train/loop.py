@@ -1,0 +1,197 @@
+"""The training loop of one rank: what `fit` starts on every worker, under Ray, in local processes, or right here."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cluster.checkpoint import Checkpointer
+from cluster.worker import Worker
+from dataloading.index import Dataset, DatasetError
+from dataloading.loader import Loader, make_loader
+from dataloading.sources import open_dataset
+from instdisc.config import TrainConfig
+from instdisc.runs import NEIGHBOURS, Run, RunResult
+from instdisc.schedule import learning_rate, num_steps
+from instdisc.train.evaluation import Evaluation, KnnEvaluator
+from instdisc.train.metrics import check_finite, finite_or_none
+from instdisc.train.monitor import Monitor
+from instdisc.train.neighbours import draw_neighbours
+from instdisc.train.plan import BatchPlan
+from instdisc.train.state import TrainState, build_state
+from instdisc.train.step import Stepper
+
+
+def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
+    """Train this rank's part of the run at `uri` until its end or until it is asked to stop; continue where it stood.
+
+    Returns {"finished", "step", "num_steps", "metrics"}, the same on every rank. Collective.
+    """
+    config = TrainConfig.from_json(config_json)
+    run = Run(uri)
+    train_set, test_set = open_sets(config)
+    if worker.rank == 0:
+        run.agree_on_dataset(train_set.index)
+    worker.all_gather_object("the images are those of the run")
+    training = Training(worker, config, run, train_set, test_set)
+    try:
+        return training.run_to_end()
+    finally:
+        training.close()
+
+
+def open_sets(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
+    """Return the training images and the test images, None where there are none."""
+    data = config.data
+    train_set = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows)
+    try:
+        return train_set, open_dataset(data.kind, data.root, data.test_split, max_rows=data.max_test_rows)
+    except DatasetError:
+        return train_set, None
+
+
+class Training:
+    """One rank of a run: its state, and when to look, to evaluate and to save."""
+
+    def __init__(
+        self, worker: Worker, config: TrainConfig, run: Run, train_set: Dataset, test_set: Dataset | None
+    ) -> None:
+        assert config.optim.norm_group is not None, "fit decides the normalisation group at the first start"
+        self.worker, self.config, self.run = worker, config, run
+        self.train_set, self.test_set = train_set, test_set
+        self.num_rows = train_set.index.num_rows
+        self.num_steps = num_steps(config.optim, self.num_rows)
+        self.plan = BatchPlan(config.optim.global_batch, config.optim.norm_group, worker.world_size)
+        self.state: TrainState = build_state(config, self.num_rows, worker)
+        self.stepper = Stepper(self.state, self.plan, worker)
+        self.checkpointer = Checkpointer(run.checkpoints(), worker=worker, keep_last=config.checkpoint.keep_last)
+        self.evaluator = KnnEvaluator(train_set, test_set, config, worker) if test_set is not None else None
+        self.loader: Loader = make_loader(
+            train_set,
+            config.augment,
+            seed=config.seed,
+            global_batch=config.optim.global_batch,
+            offsets=self.plan.offsets(worker.rank),
+            device=worker.device,
+            num_threads=worker.num_threads,
+            backend=config.data.backend,
+        )
+        self.monitor = Monitor(worker, config, run, self.num_steps, self.num_rows)
+
+    def run_to_end(self) -> dict[str, Any]:
+        """Restore, train, evaluate and save until the last step or until the driver asks to stop."""
+        self._restore()
+        if self.state.step == 0 and self.config.eval.baselines:
+            self._baselines()
+        self.monitor.start(self.state.step)
+        batches = self.loader.batches(self.state.step)
+        while self.state.step < self.num_steps:
+            with self.monitor.data_wait():
+                batch = next(batches)
+            self.monitor.show_batch(batch)
+            self.stepper.step(batch)
+            if self._has_appointment() and self._look():
+                return self._result(finished=False)
+        evaluation = self._evaluate()
+        self._save()
+        self._finish(evaluation)
+        return self._result(finished=True)
+
+    def close(self) -> None:
+        """Free the data pipeline and close the event files."""
+        self.loader.close()
+        self.monitor.close()
+
+    def _restore(self) -> None:
+        checkpoint = self.checkpointer.restore()
+        for warning in self.checkpointer.warnings:
+            self.worker.emit({"kind": "message", "text": f"warning: {warning}", "keep": True})
+        if checkpoint is not None:
+            self.state.load(checkpoint)
+            text = f"continuing from the checkpoint of step {self.state.step:,} of {self.num_steps:,}"
+            self.worker.emit({"kind": "message", "text": text, "keep": True})
+        attempt = self.checkpointer.begin_attempt()
+        self.monitor.open_events(attempt, self.state.step)
+
+    def _has_appointment(self) -> bool:
+        """Whether all ranks meet after this step: to read the metrics, to evaluate, to save."""
+        step, every = self.state.step, self.config.checkpoint.every_steps
+        return (
+            step % self.config.system.log_every == 0
+            or step == self.num_steps
+            or self._evaluation_due()
+            or (every is not None and step % every == 0)
+        )
+
+    def _evaluation_due(self) -> bool:
+        """Whether a multiple of `eval.every_epochs` was passed in this step; the last step has its own evaluation."""
+        every, step = self.config.eval.every_epochs, self.state.step
+        if every == 0 or self.evaluator is None or step >= self.num_steps:
+            return False
+        passed = [math.floor(s * self.config.optim.global_batch / self.num_rows / every) for s in (step - 1, step)]
+        return passed[1] > passed[0]
+
+    def _look(self) -> bool:
+        """Read the metrics, evaluate and save what is due; return whether to stop. Collective."""
+        step, every = self.state.step, self.config.checkpoint.every_steps
+        shares = self.stepper.sums.read()
+        read = {
+            **{name: finite_or_none(value) for name, value in shares.items()},
+            "non_finite_step": int(self.state.bank.non_finite_step),
+            "data_wait": self.monitor.data_wait_share(),
+            "bad_rows": len(self.loader.bad_rows),
+            # Clocks and signals differ between ranks: those of rank 0 count.
+            "stop": self.worker.stop_requested(),
+            "save": self.monitor.minutes_since_save() >= (self.config.checkpoint.every_minutes or math.inf),
+        }
+        by_rank = self.worker.all_gather_object(read)
+        check_finite(by_rank, (self.monitor.last_look, step))
+        self.monitor.show(self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows))
+        if self._evaluation_due():
+            self._evaluate()
+        stop = by_rank[0]["stop"] and step < self.num_steps
+        if step < self.num_steps and (stop or by_rank[0]["save"] or (every is not None and step % every == 0)):
+            self._save()
+        return stop
+
+    def _baselines(self) -> None:
+        if self.evaluator is None:
+            return
+        raw = self.evaluator.raw_pixels()
+        if raw is not None:
+            self.state.curves["knn_raw_pixels_top1"] = [(0, raw)]
+            self.worker.emit({"kind": "message", "text": f"kNN on raw pixels: {raw:.1f} %", "keep": True})
+        self._evaluate()
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.evaluator is None:
+            return None
+        evaluation = self.evaluator.evaluate(self.state)
+        for name, value in evaluation.scores.items():
+            self.state.curves.setdefault(name, []).append((self.state.step, value))
+        self.monitor.show_evaluation(self.state, evaluation, self.train_set, self.test_set)
+        return evaluation
+
+    def _save(self) -> None:
+        report = self.checkpointer.save(
+            self.state.step, self.state.tables(), self.state.tensors(), self.state.numbers()
+        )
+        self.monitor.saved(report)
+
+    def _finish(self, evaluation: Evaluation | None) -> None:
+        if self.worker.rank != 0:
+            return
+        if evaluation is not None and self.test_set is not None:
+            title = f"{self.config.recipe}: test images and their nearest training images"
+            self.run.store.put(NEIGHBOURS, draw_neighbours(self.train_set, self.test_set, evaluation.neighbours, title))
+        self.run.finish(
+            RunResult(**{**self._result(finished=True), "uri": self.run.uri}, summary=self.monitor.summary())
+        )
+
+    def _result(self, *, finished: bool) -> dict[str, Any]:
+        return {
+            "finished": finished,
+            "step": self.state.step,
+            "num_steps": self.num_steps,
+            "metrics": self.state.curves,
+        }

@@ -1,0 +1,181 @@
+"""What a run shows of itself while it goes on: the progress line's events, TensorBoard, and times.
+
+Shapes: R rows of this rank.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cluster.checkpoint import SaveReport
+from cluster.worker import Worker
+from dataloading.index import Dataset
+from dataloading.loader import Batch
+from instdisc.config import TrainConfig
+from instdisc.pictures import image_grid
+from instdisc.runs import Run
+from instdisc.train.evaluation import Evaluation
+from instdisc.train.metrics import NAMES
+from instdisc.train.state import TrainState
+from instdisc.train.tensorboard import EventWriter, log_z_advice
+
+_BATCH_IMAGES = 64
+_NORM_SAMPLE = 65536
+
+
+class Monitor:
+    """Times a rank's steps and tells, on rank 0, what the ranks read together."""
+
+    def __init__(self, worker: Worker, config: TrainConfig, run: Run, num_steps: int, num_rows: int) -> None:
+        self._worker, self._config, self._run = worker, config, run
+        self._num_steps, self._num_rows = num_steps, num_rows
+        self._events: EventWriter | None = None
+        self._started_s = self._look_s = self._saved_s = time.monotonic()
+        self._waited_s = self._busy_s = 0.0
+        self._first_step = self.last_look = 0
+        self._advised = self._batch_shown = False
+
+    def open_events(self, attempt: int, step: int) -> None:
+        """Start this attempt's event files; what an earlier attempt wrote beyond `step` is shown no more."""
+        folder = self._run.folder
+        if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
+            self._events = EventWriter(os.fspath(folder / "tensorboard" / f"attempt-{attempt:04d}"), purge_step=step)
+            self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
+
+    def start(self, step: int) -> None:
+        """Start the clocks: the first step is about to begin."""
+        self._started_s = self._look_s = self._saved_s = time.monotonic()
+        self._first_step = self.last_look = step
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        before_s = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - before_s
+
+    def data_wait_share(self) -> float:
+        """Return the share of the time since the last look that this rank waited for data, 0 to 1."""
+        return self._waited_s / max(1e-9, time.monotonic() - self._look_s)
+
+    def minutes_since_save(self) -> float:
+        """Return the minutes since the last save."""
+        return (time.monotonic() - self._saved_s) / 60
+
+    def show_batch(self, batch: Batch) -> None:
+        """Write the first batch's images, as the encoder sees them, to TensorBoard."""
+        if self._events is not None and not self._batch_shown and len(batch.images_BCHW):
+            augment = self._config.augment
+            images_BCHW = batch.images_BCHW[:_BATCH_IMAGES].float().cpu()
+            self._events.image(
+                self._first_step, "data/augmented_batch", image_grid(images_BCHW, augment.mean, augment.std, columns=8)
+            )
+            self._batch_shown = True
+
+    def show(self, state: TrainState, by_rank: Sequence[dict[str, Any]], lr: float) -> None:
+        """Tell what all ranks read: their shares of the means add up to the means. Every rank, since it sums the bank."""
+        now_s = time.monotonic()
+        steps = state.step - self.last_look
+        batch = self._config.optim.global_batch
+        speed = steps * batch / max(1e-9, now_s - self._look_s)
+        self._look_s, self._waited_s, self.last_look = now_s, 0.0, state.step
+        means = {name: sum(read[name] or 0.0 for read in by_rank) for name in NAMES}
+        data_wait = max(read["data_wait"] for read in by_rank)
+        if self._worker.rank != 0:
+            return
+        done = state.step - self._first_step
+        eta_s = (self._num_steps - state.step) * (now_s - self._started_s) / done if done else None
+        self._worker.emit(
+            {
+                "kind": "progress",
+                "step": state.step,
+                "num_steps": self._num_steps,
+                "epoch": state.step * batch / self._num_rows,
+                "loss": means["loss"],
+                "images_per_s": speed,
+                "data_wait": data_wait,
+                "lr": lr,
+                "eta_s": eta_s,
+            }
+        )
+        self._advise_on_z(state)
+        self._write_events(state, means, lr, speed, data_wait, sum(read["bad_rows"] for read in by_rank))
+
+    def show_evaluation(
+        self, state: TrainState, evaluation: Evaluation, train_set: Dataset, test_set: Dataset | None
+    ) -> None:
+        """Tell the kNN accuracies, and draw the neighbours into TensorBoard."""
+        # Evaluating is not training: it counts neither for the speed nor for the time to go.
+        pause_s = time.monotonic() - self._look_s
+        self._look_s += pause_s
+        self._started_s += pause_s
+        if self._worker.rank != 0 or test_set is None:
+            return
+        if evaluation.scores:
+            epoch = state.step * self._config.optim.global_batch / self._num_rows
+            self._worker.emit({"kind": "knn", "keep": True, "step": state.step, "epoch": epoch, **evaluation.scores})
+        if self._events is not None:
+            self._events.knn(state.step, evaluation.scores)
+            self._events.neighbours(state.step, train_set, test_set, evaluation.neighbours)
+
+    def saved(self, report: SaveReport) -> None:
+        """Take note of a save."""
+        self._saved_s = time.monotonic()
+        if self._events is not None:
+            self._events.scalars(report.step, {"checkpoint/write_s": report.write_s})
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a finished run keeps about how it ran."""
+        return {
+            "workers": self._worker.world_size,
+            "device": str(self._worker.device),
+            "torch": torch.__version__,
+            "threads_per_worker": self._worker.num_threads,
+            "seconds_of_last_attempt": round(time.monotonic() - self._started_s, 1),
+            "num_rows": self._num_rows,
+        }
+
+    def close(self) -> None:
+        """Close the event files."""
+        if self._events is not None:
+            self._events.close()
+
+    def _advise_on_z(self, state: TrainState) -> None:
+        if state.config.objective.name != "nce" or self._advised:
+            return
+        advice = log_z_advice(float(state.normalizer.log_z), float(state.normalizer.running_log_z))
+        if advice:
+            self._advised = True
+            self._worker.emit({"kind": "message", "text": f"warning: {advice}", "keep": True})
+
+    def _write_events(
+        self, state: TrainState, means: dict[str, float], lr: float, speed: float, data_wait: float, bad_rows: int
+    ) -> None:
+        if self._events is None:
+            return
+        norms_R = state.bank.rows[:_NORM_SAMPLE].float().norm(dim=1)
+        values = {
+            "train/loss": means["loss"],
+            "train/lr": lr,
+            "train/images_per_s": speed,
+            "train/data_wait": data_wait,
+            "train/positive_score": means["positive_score"],
+            "train/negative_score": means["negative_score"],
+            "data/bad_rows": float(bad_rows),
+            "bank/row_norm_min": float(norms_R.min()) if len(norms_R) else None,
+            "bank/row_norm_max": float(norms_R.max()) if len(norms_R) else None,
+            "bank/written_share": float((state.bank.last_step >= 0).float().mean()),
+        }
+        if state.config.objective.name == "nce":
+            values["nce/log_z"] = float(state.normalizer.log_z)
+            values["nce/log_z_running"] = float(state.normalizer.running_log_z)
+        self._events.scalars(state.step, values)
+        written_R = state.bank.last_step[state.bank.last_step >= 0]
+        if len(written_R):
+            self._events.histogram(state.step, "bank/staleness_steps", (state.step - 1 - written_R).cpu())

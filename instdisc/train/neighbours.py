@@ -1,0 +1,63 @@
+"""The picture of a run: test images and their nearest training images."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from dataloading.index import Dataset
+from instdisc.evaluate.knn import Neighbours
+from instdisc.pictures import neighbours_picture
+
+NUM_QUERIES = 10
+NUM_NEIGHBOURS = 8
+_LONGEST_SIDE = 256
+
+
+def draw_neighbours(train: Dataset, test: Dataset, neighbours: Neighbours, title: str) -> bytes:
+    """Return a PNG: up to ten test images, one of each class where classes are known, and their eight nearest."""
+    queries = _query_rows(test)
+    rows_Qk = neighbours.rows_Bk[queries, :NUM_NEIGHBOURS].tolist()
+    scores_Qk = neighbours.scores_Bk[queries, :NUM_NEIGHBOURS].tolist()
+    labels, train_labels, names = test.index.labels_N, train.index.labels_N, test.index.class_names
+    correct = None
+    if labels is not None and train_labels is not None:
+        correct = [[bool(train_labels[r] == labels[q]) for r in rows] for q, rows in zip(queries, rows_Qk, strict=True)]
+    picture = neighbours_picture(
+        [image_of(test, q) for q in queries],
+        [[image_of(train, r) for r in rows] for rows in rows_Qk],
+        correct,
+        query_labels=None if labels is None else [names[int(labels[q])] for q in queries],
+        scores=scores_Qk,
+        title=title,
+    )
+    encoded = io.BytesIO()
+    picture.save(encoded, format="PNG", optimize=True)
+    return encoded.getvalue()
+
+
+def image_of(dataset: Dataset, row: int) -> np.ndarray:
+    """Return a row's image as uint8 (H, W, 3), large ones reduced; gray where it cannot be decoded."""
+    if dataset.pixels_NHWC is not None:
+        return dataset.pixels_NHWC[row]
+    assert dataset.read is not None
+    try:
+        image = Image.open(io.BytesIO(dataset.read(row)))
+        image.draft("RGB", (_LONGEST_SIDE, _LONGEST_SIDE))
+        image = image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return np.full((_LONGEST_SIDE, _LONGEST_SIDE, 3), 128, dtype=np.uint8)
+    image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    return np.asarray(image)
+
+
+def _query_rows(test: Dataset) -> list[int]:
+    """The first good test image of each class, else the first few."""
+    good = np.flatnonzero(~test.index.bad_N)
+    labels = test.index.labels_N
+    if labels is None:
+        return good[:NUM_QUERIES].tolist()
+    _, first = np.unique(labels[good], return_index=True)
+    return good[first[:NUM_QUERIES]].tolist()

@@ -1,0 +1,149 @@
+"""Everything of a training run that must survive a crash, on one rank.
+
+Shapes: N rows of the data set, D feature numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.checkpoint import Checkpoint, RowTable
+from cluster.collectives import Group
+from cluster.worker import Worker
+from instdisc.config import TrainConfig
+from instdisc.memory_bank import DTYPES, ShardedMemoryBank
+from instdisc.models import Encoder, build_encoder
+from instdisc.objectives.normalizer import Normalizer
+from instdisc.train.batch_norm import GroupedBatchNorm
+
+
+@dataclass
+class TrainState:
+    """Encoder, optimizer, bank, normaliser and the position in the stream."""
+
+    config: TrainConfig
+    encoder: Encoder
+    parallel: nn.Module  # the encoder under DDP where there are several ranks, itself otherwise
+    optimizer: torch.optim.SGD
+    batch_norm: GroupedBatchNorm
+    bank: ShardedMemoryBank
+    normalizer: Normalizer
+    step: int = 0
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what every rank has alike: weights, BatchNorm buffers and momenta, by name."""
+        tensors = {f"model.{name}": value for name, value in self.encoder.state_dict().items()}
+        for name, parameter in self.encoder.named_parameters():
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"optimizer.momentum.{name}"] = momentum
+        return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+
+    def tables(self) -> dict[str, RowTable]:
+        """Return the row tables of which this rank owns a part."""
+        bank = self.bank
+        return {
+            "bank": RowTable(bank.num_rows, bank.start, bank.rows.cpu()),
+            "bank_last_step": RowTable(bank.num_rows, bank.start, bank.last_step.cpu()),
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the rest as JSON-able values."""
+        curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
+        return {"step": self.step, "normalizer": self.normalizer.state_dict(), "curves": curves}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of any number of workers: each rank reads the rows that it owns."""
+        tensors = checkpoint.tensors()
+        self.encoder.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
+        self.batch_norm.load_running()
+        for name, parameter in self.encoder.named_parameters():
+            momentum = tensors.get(f"optimizer.momentum.{name}")
+            if momentum is not None:
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+        bank = self.bank
+        bank.rows.copy_(checkpoint.rows("bank", bank.start, bank.stop))
+        bank.last_step.copy_(checkpoint.rows("bank_last_step", bank.start, bank.stop))
+        self.step = checkpoint.state["step"]
+        self.normalizer.load_state_dict(checkpoint.state["normalizer"])
+        self.curves = {name: [(s, v) for s, v in curve] for name, curve in checkpoint.state["curves"].items()}
+
+
+def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainState:
+    """Return the state before step 0, the same on every rank but for the rows of the bank that each owns. Collective."""
+    bank_group: Group = dist.new_group() if worker.world_size > 1 else None
+    encoder = build_encoder(config.model, config.seed).to(worker.device)
+    if use_channels_last(config, worker.device):
+        encoder = encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    batch_norm = GroupedBatchNorm(encoder)
+    optim = config.optim
+    optimizer = torch.optim.SGD(
+        encoder.parameters(),
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        nesterov=optim.nesterov,
+    )
+    bank = ShardedMemoryBank(
+        num_rows,
+        config.model.feature_dim,
+        momentum=config.bank.momentum,
+        dtype=DTYPES[config.bank.dtype],
+        device=worker.device,
+        seed=config.seed,
+        group=bank_group,
+    )
+    normalizer = Normalizer(
+        kind=config.objective.z,
+        decay=config.objective.z_decay,
+        num_rows=num_rows,
+        temperature=config.objective.temperature,
+        device=worker.device,
+        group=bank_group,
+    )
+    parallel = wrap(encoder, worker)
+    return TrainState(config, encoder, parallel, optimizer, batch_norm, bank, normalizer)
+
+
+def wrap(encoder: Encoder, worker: Worker) -> nn.Module:
+    """Return the encoder under DDP, its buckets in their final order; itself with one rank.
+
+    DDP rebuilds its buckets in the order in which gradients arrived once, after the first iteration, and with it
+    changes the order of summation at three ranks and more. A resumed run would pass through that change again, so it
+    is brought about before the first real step.
+    """
+    if worker.world_size == 1:
+        return encoder
+    device_ids = [worker.device.index] if worker.device.type == "cuda" else None
+    parallel = DistributedDataParallel(encoder, device_ids=device_ids, broadcast_buffers=False)
+    before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+    images_BCHW = torch.zeros((2, 3, 64, 64), device=worker.device)
+    for _ in range(2):
+        parallel(images_BCHW).sum().backward()
+        encoder.zero_grad(set_to_none=True)
+    for name, buffer in encoder.named_buffers():
+        buffer.copy_(before[name])
+    return parallel
+
+
+def use_channels_last(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether images and weights are kept with channels last."""
+    wanted = config.system.channels_last
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """Return the dtype that the encoder computes in under autocast, None for float32 throughout."""
+    wanted = config.system.precision
+    if wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return None
