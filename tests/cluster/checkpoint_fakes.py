@@ -67,14 +67,14 @@ class Killed(BaseException):
 
 
 class FaultyStore(Store):
-    """A store whose process is killed at an operation: before it takes effect, or after it did.
+    """A store whose process is killed right before operation number `kill_at`, and so right after the one before.
 
     With an `error`, that operation raises it instead and the later ones work. `log` has every operation.
     """
 
-    def __init__(self, uri: str, kill_at: int | None = None, after: bool = False, error: Exception | None = None):
+    def __init__(self, uri: str, kill_at: int | None = None, error: Exception | None = None):
         super().__init__(uri)
-        self.kill_at, self.after, self.error = kill_at, after, error
+        self.kill_at, self.error = kill_at, error
         self.log: list[tuple[str, str]] = []
         self._lock = threading.Lock()
 
@@ -82,14 +82,12 @@ class FaultyStore(Store):
         with self._lock:
             number = len(self.log)
             self.log.append((name, key))
-        dead = self.kill_at is not None and (number > self.kill_at and self.error is None)
-        hit = number == self.kill_at
-        if dead or (hit and not self.after):
-            raise self.error or Killed
-        result = getattr(Store, name)(self, key, *args)
-        if hit:
-            raise self.error or Killed
-        return result
+        if self.kill_at is not None and number >= self.kill_at:
+            if self.error is None:
+                raise Killed
+            if number == self.kill_at:
+                raise self.error
+        return getattr(Store, name)(self, key, *args)
 
     def put(self, key, *parts):
         self._do("put", key, *parts)

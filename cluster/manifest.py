@@ -1,0 +1,217 @@
+"""The manifest of a checkpoint: one JSON document that names every object of it, and which manifests are valid.
+
+Manifest keys are (attempt, step). Every attempt to run names the manifest that it starts from, so that the manifests
+of a run form a tree; valid are only those on the newest attempt's chain of parents (`visible_chain`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from cluster.row_table import DTYPES, row_bytes
+from cluster.store import check_key
+from cluster.stored_object import StoredObject
+
+FORMAT = 1
+_KEY = re.compile(r"manifests/(\d{6,})-(\d{12,})\.json")
+
+
+class ManifestError(ValueError):
+    """A manifest or an attempt's record is damaged or contradicts itself."""
+
+
+class NewerFormatError(ValueError):
+    """A document was written by a newer version of this package."""
+
+
+class ManifestId(NamedTuple):
+    """Which manifest: the attempt that wrote it, and the step after which it was taken."""
+
+    attempt: int
+    step: int
+
+    @property
+    def key(self) -> str:
+        return f"manifests/{self.attempt:06d}-{self.step:012d}.json"
+
+    @property
+    def objects_prefix(self) -> str:
+        """The beginning of the keys of all objects that were written for this manifest."""
+        return f"objects/{self.attempt:06d}/{self.step:012d}-"
+
+    @classmethod
+    def from_key(cls, key: str) -> ManifestId | None:
+        """Return the id that a key stands for, None for a key of anything else."""
+        match = _KEY.fullmatch(key)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(StoredObject):
+    """Rows [start, stop) of a table."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTable:
+    """A table's shape and the segments that hold its rows. ManifestError unless they tile it exactly."""
+
+    num_rows: int
+    row_shape: tuple[int, ...]
+    dtype: str
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ManifestError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        place = 0
+        for segment in self.segments:
+            if segment.start != place or segment.stop <= place:
+                raise ManifestError(
+                    f"segments: found rows [{segment.start}, {segment.stop}) after row {place}, expected each row once"
+                )
+            if segment.num_bytes != (segment.stop - segment.start) * self.row_bytes:
+                raise ManifestError(f"{segment.key}: {segment.num_bytes} bytes do not fit its rows")
+            place = segment.stop
+        if place != self.num_rows:
+            raise ManifestError(f"segments: they end at row {place}, expected all {self.num_rows} rows")
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.row_shape, self.dtype)
+
+    def overlapping(self, start: int, stop: int) -> list[Segment]:
+        """Return the segments that hold any of rows [start, stop)."""
+        return [s for s in self.segments if max(start, s.start) < min(stop, s.stop)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint consists of.
+
+    parent: the checkpoint before it, None for the first. created: UTC, ISO 8601. versions: of Python and libraries.
+    tensors: the safetensors object of model and optimizer. state: any JSON object, kept bit for bit.
+    """
+
+    attempt: int
+    step: int
+    parent: ManifestId | None
+    created: str
+    versions: Mapping[str, str]
+    tables: Mapping[str, StoredTable]
+    tensors: StoredObject
+    state: Mapping[str, Any]
+
+    @property
+    def id(self) -> ManifestId:
+        return ManifestId(self.attempt, self.step)
+
+    def objects(self) -> list[StoredObject]:
+        """Return every object that the checkpoint needs."""
+        return [self.tensors, *(segment for table in self.tables.values() for segment in table.segments)]
+
+    def to_bytes(self) -> bytes:
+        """Return the document. ValueError if the state is not JSON that reads back as it is."""
+        check_json(self.state, "state")
+        return encode_document(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Manifest:
+        """Read a document. ManifestError if it is damaged, NewerFormatError if it is newer; both name `where`."""
+        document = decode_document(data, where)
+        try:
+            document["parent"] = ManifestId(*document["parent"]) if document["parent"] else None
+            document["tensors"] = StoredObject(**document["tensors"])
+            document["tables"] = {name: _table(**table) for name, table in document["tables"].items()}
+            manifest = cls(**document)
+            for stored in manifest.objects():
+                check_key(stored.key)
+        except (ManifestError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestError(f"{where} contradicts itself: {error}") from error
+        return manifest
+
+
+def _table(segments: list[dict[str, Any]], row_shape: list[int], **rest: Any) -> StoredTable:
+    return StoredTable(segments=tuple(Segment(**s) for s in segments), row_shape=tuple(row_shape), **rest)
+
+
+def encode_document(document: Mapping[str, Any]) -> bytes:
+    """Return a JSON document with the format's number and a checksum of its content, which every format has."""
+    content = {"format": FORMAT, **document}
+    return json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False).encode()
+
+
+def decode_document(data: bytes, where: str) -> dict[str, Any]:
+    """Read what `encode_document` wrote, without number and checksum. Errors as in `Manifest.from_bytes`."""
+    try:
+        document = json.loads(data)
+        intact = document.pop("sha256") == _checksum(document)
+        number = document.pop("format")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ManifestError(f"{where} is damaged: {len(data)} bytes that are not one of our documents") from error
+    if not intact:
+        raise ManifestError(f"{where} is damaged: its content differs from its checksum")
+    if number > FORMAT:
+        raise NewerFormatError(
+            f"{where} has format {number}, expected at most {FORMAT}: a newer version of this package wrote it; "
+            "update the package to read it"
+        )
+    return document
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_json(value: object, where: str) -> None:
+    """Raise ValueError, naming the place, unless `value` reads back from JSON as it is.
+
+    Refused are infinities and NaN, which JSON lacks, and tuples and keys that are not strings, which it changes.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: found the key {key!r}, expected a string")
+            check_json(item, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            check_json(item, f"{where}[{place}]")
+    elif not isinstance(value, bool | int | float | str | None) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        raise ValueError(f"{where}: found {value!r}, expected JSON: a finite number, a string, a list, a dict or None")
+
+
+def visible_chain(parents: Mapping[int, ManifestId | None], manifests: Iterable[ManifestId]) -> list[ManifestId]:
+    """Return the valid manifests, oldest first: those on the newest attempt's chain of parents.
+
+    parents: for every attempt on that chain, the manifest that it started from (None: from nothing). Of an attempt's
+    manifests, those up to the one that the next attempt of the chain started from are on it, all of them for the
+    newest attempt. What an older attempt writes after it was left behind is therefore never visible.
+    """
+    if not parents:
+        return []
+    limits: dict[int, float] = {}
+    attempt, limit = max(parents), math.inf
+    while True:
+        limits[attempt] = limit
+        parent = parents[attempt]
+        if parent is None:
+            break
+        assert parent.attempt < attempt, f"attempt {attempt} cannot start from a later one: {parent}"
+        attempt, limit = parent
+    return sorted(m for m in manifests if m.step <= limits.get(m.attempt, -1))
+
+
+def describe(ids: Sequence[ManifestId]) -> str:
+    """Return ids in words, for messages."""
+    return ", ".join(f"step {step} (attempt {attempt})" for attempt, step in ids)
