@@ -12,22 +12,26 @@ import traceback
 from dataclasses import dataclass
 
 
-class WorkerDied(RuntimeError):  # noqa: N818 - named for what happened, as in Ray's and mp's own messages
+class WorkerDied(RuntimeError):
     """A worker process ended without a result and without an exception.
 
-    Attributes: `rank`, `exit_code` (negative: minus the number of the signal that killed it), `signal` (or None).
+    Attributes: `rank`; `exit_code`, negative for minus the number of the signal that killed it, None if unknown;
+    `signal`, or None; `detail`, what else is known.
     """
 
-    def __init__(self, rank: int, exit_code: int):
+    def __init__(self, rank: int, exit_code: int | None, detail: str = ""):
         self.rank = rank
         self.exit_code = exit_code
-        self.signal = signal.Signals(-exit_code) if exit_code < 0 else None
-        how = f"was killed by {self.signal.name}" if self.signal else f"exited with code {exit_code}"
+        self.detail = detail
+        self.signal = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
+        how = "ended" if exit_code is None else f"exited with code {exit_code}"
+        how = f"was killed by {self.signal.name}" if self.signal else how
         hint = "; is the machine out of memory?" if self.signal == signal.SIGKILL else ""
-        super().__init__(f"the worker process of rank {rank} {how} before it returned a result{hint}")
+        more = f":\n{detail}" if detail else ""
+        super().__init__(f"the worker process of rank {rank} {how} before it returned a result{hint}{more}")
 
     def __reduce__(self):
-        return WorkerDied, (self.rank, self.exit_code)
+        return WorkerDied, (self.rank, self.exit_code, self.detail)
 
 
 class WorkerError(RuntimeError):

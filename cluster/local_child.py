@@ -61,7 +61,7 @@ def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
     torch.set_num_threads(task.num_threads)
     device = device_of(task.rank, task.world_size)
     fn, args = _unpickled_call(task.call)
-    control_group = open_groups(task.rendezvous, task.rank, task.world_size, device)
+    control_group = open_groups(task.rank, task.world_size, device, init_method=task.rendezvous)
     worker = Worker(
         rank=task.rank,
         world_size=task.world_size,

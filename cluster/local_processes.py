@@ -26,11 +26,11 @@ from typing import Any
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
 from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
+from cluster.process_group import thread_environment
 
 POLL_INTERVAL_S = 0.1
 ECHO_GRACE_S = 2.0
 TERMINATE_GRACE_S = 2.0
-EXIT_GRACE_S = 30.0
 
 
 class LocalProcess:
@@ -113,14 +113,6 @@ def run_processes(
     finally:
         _end_all(workers)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def thread_environment(num_threads: int) -> dict[str, str]:
-    """The environment that a worker needs before torch is loaded.
-
-    OpenMP's threads spin while they wait by default, which slows everything else on a machine with few cores down.
-    """
-    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(num_threads)}
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple) -> bytes:

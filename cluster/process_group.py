@@ -8,17 +8,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 
 
 def open_groups(
-    init_method: str, rank: int, world_size: int, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    *,
+    init_method: str | None = None,
+    store: Store | None = None,
+    timeout_s: float = COLLECTIVE_TIMEOUT_S,
 ) -> dist.ProcessGroup | None:
     """Initialise the default group (gloo; with a GPU also NCCL) and return a gloo group for control messages.
 
     The control plane has a group of its own, so that its messages never interleave with the training's
     collectives. One worker needs neither: None is returned and torch.distributed stays uninitialised.
+
+    Args:
+        init_method: a URL, or else `store`: where the ranks find each other.
+        timeout_s: for each collective, and for the other ranks to come.
 
     Raises:
         torch.distributed.DistError: the other ranks did not come within `timeout_s`.
@@ -30,6 +41,7 @@ def open_groups(
     dist.init_process_group(
         backend=backend_for(device),
         init_method=init_method,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -60,3 +72,11 @@ def device_of(local_rank: int, num_local_workers: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """The environment that a worker needs before torch is loaded.
+
+    OpenMP's threads spin while they wait by default, which slows everything else on a machine with few cores down.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(num_threads)}

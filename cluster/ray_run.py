@@ -1,0 +1,124 @@
+"""One run of Ray Train, watched from the driver. Imported late: Ray Train takes seconds to import."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster.failures import Failure, WorkerDied, root_cause
+from cluster.interrupts import Interrupts
+from cluster.ray_worker import RayTask, WorkerBackendConfig
+
+POLL_INTERVAL_S = 0.2
+MAILBOX_TIMEOUT_S = 60.0
+
+
+class RayRun:
+    """A trainer at work in a thread (in the main thread it would take SIGINT over), watched from this one."""
+
+    def __init__(
+        self,
+        trainer: DataParallelTrainer,
+        mailbox: Any,
+        interrupts: Interrupts,
+        on_event: Callable[[dict[str, Any]], None] | None,
+    ):
+        self._trainer = trainer
+        self._mailbox = mailbox
+        self._interrupts = interrupts
+        self._on_event = on_event
+        self._result: Any = None
+        self._error: Exception | None = None
+
+    def finish(self) -> Any:
+        """Run to the end, hand out events on the way, return rank 0's result or raise what went wrong."""
+        thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        thread.start()
+        stop_sent = False
+        while thread.is_alive():
+            thread.join(POLL_INTERVAL_S)
+            failures = self._take()
+            if any(not failure.is_echo() for failure in failures):
+                break  # the cause is known; Ray Train would find out later
+            if self._interrupts.requested and not stop_sent:
+                stop_sent = True
+                self._mailbox.request_stop.remote()
+        failures = self._take()
+        if failures or self._error:
+            raise self._cause(failures)
+        return self._result
+
+    def _fit(self) -> None:
+        try:
+            self._result = self._trainer.fit().return_value
+        except Exception as error:
+            self._error = error
+
+    def _take(self) -> list[Failure]:
+        events, failures = ray.get(self._mailbox.take.remote(), timeout=MAILBOX_TIMEOUT_S)
+        for event in events:
+            if self._on_event is not None:
+                self._on_event(json.loads(event))
+        return failures
+
+    def _cause(self, failures: list[Failure]) -> BaseException:
+        """What to raise: a worker's own exception, else a worker's death, else what Ray Train says."""
+        if failures and not root_cause(failures).is_echo():
+            return root_cause(failures).to_exception()
+        raised = {failure.rank for failure in failures}
+        deaths = self._error.worker_failures if isinstance(self._error, WorkerGroupError) else {}
+        for rank, error in sorted(deaths.items()):
+            if rank not in raised and isinstance(error, (RayError, WorkerHealthCheckFailedError)):
+                return WorkerDied(rank, None, str(error))
+        if failures:
+            return root_cause(failures).to_exception()
+        assert self._error is not None
+        return self._error
+
+
+class _PrivateTrainer(DataParallelTrainer):
+    """Ray Train less two actors that only an autoscaling, shared cluster needs; each costs seconds to start."""
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        kwargs["scaling_policy"] = _NoRequests(self.scaling_config)
+        kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
+        return super()._initialize_and_run_controller(**kwargs)
+
+
+class _NoRequests(FixedScalingPolicy):
+    """The fixed number of workers, without asking an autoscaler for machines."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+def start_run(
+    task: RayTask,
+    num_workers: int,
+    is_private: bool,
+    interrupts: Interrupts,
+    on_event: Callable[[dict[str, Any]], None] | None,
+) -> Any:
+    """Run `task` on `num_workers` Ray Train workers and return rank 0's result; see `run_on_ray`."""
+    trainer_class = _PrivateTrainer if is_private else DataParallelTrainer
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
+        trainer = trainer_class(
+            task.run,
+            backend_config=WorkerBackendConfig(),
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=task.use_gpu),
+            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+        )
+        return RayRun(trainer, task.mailbox, interrupts, on_event).finish()

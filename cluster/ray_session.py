@@ -1,0 +1,222 @@
+"""A Ray to run on: a private one on this machine, or a connection to a running cluster; and silence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+import ray._private.worker
+import ray._raylet as raylet
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+CONNECT_TIMEOUT_S = 6.0
+PROBE_TIMEOUT_S = 3.0
+# Loopback by a name that Ray takes literally; it replaces 127.0.0.1 by the address of the network card.
+_LOOPBACK = "127.0.0.2"
+OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through Ray here; the least that Ray takes is 75 MiB
+
+# Read by Ray in this process and inherited by the processes of a private Ray.
+_PRIVATE_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away from under us
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+_TRAIN_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a worker is seen; the default is 2 s
+}
+_SYSTEM_CONFIG = {
+    "worker_niceness": 0,  # the default of 15 makes workers wait for everything else on a desktop
+    "enable_worker_prestart": False,  # idle processes; ours come with their own environment
+    "prestart_worker_first_driver": False,
+}
+
+
+class RayClusterError(ConnectionError):
+    """No Ray cluster answers at the given address."""
+
+    def __init__(self, address: str, reason: str):
+        self.address = address
+        self.reason = reason
+        super().__init__(
+            f"no Ray cluster at {address!r}: {reason}. Expected the host:port of a cluster's head (its GCS port, 6379 "
+            "unless chosen otherwise), or 'auto' on a machine of the cluster. Check that the head is up (`ray status "
+            "--address HOST:PORT`), that this machine may reach it, and that both use the same Ray version and "
+            "authentication token; leave the address out to run on this machine alone"
+        )
+
+    def __reduce__(self):
+        return RayClusterError, (self.address, self.reason)
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, num_workers: int, quiet: bool) -> Iterator[bool]:
+    """A connection to Ray for the time of the context; yields whether it is a private Ray on this machine.
+
+    Args:
+        address: of a running cluster. None: the one that RAY_ADDRESS names (`ray job submit` sets it), else a new
+            private Ray, which listens on loopback only, asks for a token of its own, and is gone afterwards.
+
+    Raises:
+        RayClusterError: nothing answers at `address`.
+    """
+    if ray.is_initialized():  # the caller's own, for instance around several runs: use it and leave it open
+        with _environment(_TRAIN_ENVIRONMENT), _silence(quiet):
+            yield ray.get_runtime_context().gcs_address.startswith(f"{_LOOPBACK}:")
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    with _environment(_TRAIN_ENVIRONMENT), _silence(quiet), _sigterm_as_before():
+        if address is None:
+            with _private_ray(num_workers, quiet):
+                yield True
+        else:
+            _connect(address, quiet)
+            try:
+                yield False
+            finally:
+                ray.shutdown()
+
+
+class _SmallNode(Node):
+    """A head node without the dashboard's server, which takes 3 s of CPU time to start and serves nobody here."""
+
+    def start_api_server(self, *, include_dashboard: bool | None, raise_on_failure: bool) -> None: ...
+
+
+@contextlib.contextmanager
+def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
+    """Start and stop a Ray with as few processes as `ray.init` cannot: no autoscaler, no log monitor if quiet."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it (limit: 107 bytes)
+    node = None
+    try:
+        with _environment({**_PRIVATE_ENVIRONMENT, **token}):
+            _reread_token()
+            parameters = RayParams(
+                num_cpus=max(num_workers, len(os.sched_getaffinity(0))),
+                object_store_memory=OBJECT_STORE_BYTES,
+                node_ip_address=_LOOPBACK,
+                temp_dir=str(folder),
+                include_dashboard=False,
+                include_log_monitor=not quiet,  # pyright: ignore[reportArgumentType] - Ray's annotation is wrong
+                no_monitor=True,
+                min_worker_port=0,
+                max_worker_port=0,
+                _system_config=_SYSTEM_CONFIG,
+            )
+            node = _SmallNode(parameters, head=True, shutdown_at_exit=True, spawn_reaper=True, ray_init_cluster=True)
+            _connect(str(node.address), quiet, folder)
+            yield
+    finally:
+        ray.shutdown()
+        if node is not None:
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        _reread_token()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str, quiet: bool, folder: Path | None = None) -> None:
+    if address != "auto":
+        _probe(address)
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=not quiet,
+            logging_level=logging.ERROR if quiet else logging.INFO,
+            configure_logging=not quiet,
+            _temp_dir=None if folder is None else str(folder),
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RayClusterError(address, str(error).splitlines()[0]) from error
+
+
+def _probe(address: str) -> None:
+    """Fail soon where `ray.init` would try for a minute."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise RayClusterError(address, "this is not of the form host:port")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise RayClusterError(address, f"cannot connect ({error})") from error
+    channel: Any = init_grpc_channel(address)
+    head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+    request = gcs_service_pb2.CheckAliveRequest()  # pyright: ignore[reportAttributeAccessIssue] - generated
+    try:
+        head.CheckAlive(request, timeout=CONNECT_TIMEOUT_S, wait_for_ready=True)
+    except grpc.RpcError as error:
+        code: Any = error
+        if code.code() == grpc.StatusCode.UNAUTHENTICATED:
+            reason = "it refuses the authentication token (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token)"
+        else:
+            reason = f"something listens there, but does not answer as a Ray head within {CONNECT_TIMEOUT_S:g} s"
+        raise RayClusterError(address, reason) from error
+    finally:
+        channel.close()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set what the user has not set, and put everything back."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _silence(quiet: bool) -> Iterator[None]:
+    """Keep what Ray logs and prints in this process from the terminal."""
+    if not quiet:
+        yield
+        return
+    logger = logging.getLogger("ray")
+    level, print_worker_logs = logger.level, ray._private.worker.print_worker_logs
+    logger.setLevel(logging.CRITICAL)
+    # The raylet's messages (a worker died) are printed even with log_to_driver=False; we raise WorkerDied instead.
+    ray._private.worker.print_worker_logs = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        ray._private.worker.print_worker_logs = print_worker_logs
+
+
+@contextlib.contextmanager
+def _sigterm_as_before() -> Iterator[None]:
+    """Undo that `ray.init` takes SIGTERM over for good."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _reread_token() -> None:
+    """Ray's C++ part keeps the authentication mode and token that it read first in this process."""
+    raylet.Config.initialize("")  # pyright: ignore[reportAttributeAccessIssue] - compiled
+    raylet.AuthenticationTokenLoader.instance().reset_cache()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,150 @@
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.ray_session import RayClusterError, ray_session
+from cluster.ray_trainer import run_on_ray
+from cluster.ray_worker import interface_of
+
+START_TIMEOUT_S = 240  # two idle cores need about 30 s
+
+
+def sum_ranks(worker, offset):
+    import torch
+    import torch.distributed as dist
+
+    sum_1 = torch.tensor([worker.rank + offset])
+    dist.all_reduce(sum_1)
+    worker.emit({"sum": int(sum_1), "threads": torch.get_num_threads()})
+    print("a worker's print must not reach the terminal")
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not worker.all_gather_object(worker.stop_requested())[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return {"rank": worker.rank, "sum": int(sum_1), "openmp": os.environ["OMP_WAIT_POLICY"]}
+
+
+class RecipeError(ValueError):
+    """An exception of the user's own, with arguments that pickle alone would lose."""
+
+    def __init__(self, name):
+        self.name = name
+        super().__init__(f"no recipe {name!r}")
+
+    def __reduce__(self):
+        return RecipeError, (self.name,)
+
+
+def fail_on_rank_1(worker):
+    if worker.rank == 1:
+        raise RecipeError("cifar11")
+    worker.all_gather_object("waits for rank 1")
+
+
+DRIVER = """
+import json, psutil, signal
+from cluster.ray_session import ray_session
+from cluster.ray_trainer import run_on_ray
+from test_ray_trainer import RecipeError, fail_on_rank_1, sum_ranks
+
+def stop(event):
+    events.append(event)
+    started.extend(psutil.Process().children(recursive=True))
+    signal.raise_signal(signal.SIGINT)
+
+if __name__ == "__main__":
+    events, started, error = [], [], None
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with ray_session(None, 2, quiet=True):  # one Ray for both runs: starting it is what takes the time
+        result = run_on_ray(sum_ranks, 2, 5, on_event=stop, threads_per_worker=1)
+        try:
+            run_on_ray(fail_on_rank_1, 2)
+        except RecipeError as caught:
+            error = [caught.name, *caught.__notes__]
+    started.extend(psutil.Process().children(recursive=True))
+    _, left = psutil.wait_procs(started, timeout=5)
+    left = [process.name() for process in left]
+    restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    print(json.dumps({"result": result, "events": events, "error": error, "num_started": len(started), "left": left, "restored": restored}))
+"""
+
+
+def test_a_run_on_a_private_ray(tmp_path):
+    """One process, one Ray: collectives, events, Ctrl-C, an error, silence, and nothing left over."""
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**environment, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)
+    assert report["result"] == {"rank": 0, "sum": 11, "openmp": "PASSIVE"}
+    assert report["events"] == [{"sum": 11, "threads": 1}]
+    assert report["error"][0] == "cifar11"
+    assert report["error"][1].startswith("raised by rank 1 of 2")
+    assert "fail_on_rank_1" in report["error"][1]
+    assert report["num_started"] >= 6  # gcs_server, raylet, mailbox, controller, two workers
+    assert report["left"] == []
+    assert report["restored"]
+
+
+@pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265", "127.0.0.1:port", ":6379"])
+def test_a_malformed_address_is_refused_by_name(address):
+    with pytest.raises(RayClusterError, match="not of the form host:port") as caught:
+        run_on_ray(sum_ranks, 1, 0, address=address)
+    assert repr(address) in str(caught.value)
+
+
+def test_an_unused_port_is_refused_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"cannot connect .*refused"):
+        run_on_ray(sum_ranks, 1, 0, address=address)
+    assert time.monotonic() - started < 5
+
+
+def test_something_that_is_not_a_ray_head_is_refused_within_ten_seconds(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(RayClusterError, match="does not answer as a Ray head"):
+            run_on_ray(sum_ranks, 1, 0, address=address)
+        assert time.monotonic() - started < 10
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_cluster_that_ray_job_submit_names_is_used(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "the job's cluster")
+    with pytest.raises(RayClusterError, match="the job's cluster"), ray_session(None, 1, quiet=True):
+        pass
+
+
+def test_zero_workers_are_refused():
+    with pytest.raises(ValueError, match="num_workers is 0"):
+        run_on_ray(sum_ranks, 0)
+
+
+def test_a_cluster_error_can_be_pickled():
+    error = pickle.loads(pickle.dumps(RayClusterError("head:6379", "it is down")))
+    assert (error.address, error.reason) == ("head:6379", "it is down")
+    assert str(error) == str(RayClusterError("head:6379", "it is down"))
+
+
+def test_the_interface_of_an_address_is_found():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") == "lo"
