@@ -69,10 +69,10 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    likely = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not likely:
         by_last = {k.rpartition(".")[2]: k for k in known}
-        likely = [by_last[m] for m in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1, cutoff=0.5)]
+        likely = [by_last[m] for m in difflib.get_close_matches(name.rpartition(".")[2], by_last, n=1, cutoff=0.6)]
     advice = f"did you mean {likely[0]}?" if likely else "`instdisc train --help` lists the fields"
     return f"unknown configuration field {name!r}: {advice}"
 

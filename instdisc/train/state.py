@@ -5,6 +5,7 @@ Shapes: N rows of the data set, D feature numbers.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +125,10 @@ def wrap(encoder: Encoder, worker: Worker) -> nn.Module:
     if worker.world_size == 1:
         return encoder
     device_ids = [worker.device.index] if worker.device.type == "cuda" else None
-    parallel = DistributedDataParallel(encoder, device_ids=device_ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # torch 2.15 names its successor, which torch 2.11 lacks.
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        parallel = DistributedDataParallel(encoder, device_ids=device_ids, broadcast_buffers=False)
     before = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
     images_BCHW = torch.zeros((2, 3, 64, 64), device=worker.device)
     for _ in range(2):
