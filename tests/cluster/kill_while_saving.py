@@ -16,8 +16,11 @@ from checkpoint_fakes import ThreadWorker
 from cluster.checkpoint import Checkpointer, RowTable
 from cluster.store import Store
 
+TIMEOUT_S = 60
+
 
 def save_forever(folder: str, pipe: int) -> None:
+    signal.alarm(TIMEOUT_S)  # in case that the parent is killed
     checkpointer = Checkpointer(Store(folder), worker=ThreadWorker(), block_rows=1000, keep_last=2)
     checkpoint = checkpointer.restore()
     step = checkpoint.step if checkpoint else 0
@@ -31,7 +34,7 @@ def save_forever(folder: str, pipe: int) -> None:
 
 
 def kill_one(folder: str, num_saves: int, delay_s: float) -> int:
-    """Kill a process `delay_s` after it restored and saved `num_saves` times; return the last step that it announced."""
+    """Kill a process `delay_s` after it restored and saved `num_saves` times; return the last step it announced."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -49,6 +52,7 @@ def kill_one(folder: str, num_saves: int, delay_s: float) -> int:
 
 
 def main(folder: str, num_rounds: int) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     moments = random.Random(0)
     for _ in range(num_rounds):
         returned = kill_one(folder, moments.randrange(4), moments.uniform(0, 0.05))

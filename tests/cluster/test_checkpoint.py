@@ -17,7 +17,7 @@ from checkpoint_fakes import FaultyStore, Killed, ThreadWorker, run_group
 from fsspec.implementations.memory import MemoryFileSystem
 
 import cluster.manifest
-from cluster.attempts import begin_attempt
+from cluster.attempts import begin_attempt, read_history
 from cluster.checkpoint import (
     Checkpoint,
     CheckpointDeletedError,
@@ -27,7 +27,9 @@ from cluster.checkpoint import (
     SupersededError,
     read_latest,
 )
+from cluster.checkpoint_reader import verify_share
 from cluster.manifest import ManifestId
+from cluster.retention import remove_old
 from cluster.row_table import DTYPES
 from cluster.store import Store, StoreError
 from cluster.stored_object import DamagedObjectError, write_object
@@ -287,6 +289,7 @@ def test_a_damaged_checkpoint_is_reported_skipped_and_kept_and_the_one_before_is
     assert all(w == warnings[0] and len(w) == 1 for w in warnings)
     assert warnings[0][0].startswith("the checkpoint of step 20 (attempt 1) is damaged and was skipped: object ")
     assert key in warnings[0][0]
+    assert {remove: "is missing", cut: "bytes, expected", flip: "differs from its checksum"}[damage] in warnings[0][0]
     assert set(kept) <= set(store.list())
 
     checkpointer, checkpoint = start(Store(uri), keep_last=1)
@@ -376,6 +379,16 @@ def test_attempts_that_begin_at_once_have_different_numbers(uri):
     assert sorted(attempt.number for attempt in attempts) == list(range(1, 9))
 
 
+def test_an_attempt_whose_checkpoint_was_deleted_while_it_began_is_refused(uri):
+    alive, _ = start(Store(uri), keep_last=1)
+    save(alive, ThreadWorker(), 10)
+    late = Checkpointer(Store(uri), worker=ThreadWorker())
+    late.restore()
+    save(alive, ThreadWorker(), 20)
+    with pytest.raises(CheckpointError, match="was deleted while this attempt began: another process still writes"):
+        late.begin_attempt()
+
+
 class ForgetfulStore(Store):
     """Creates the object, loses the answer, and finds on its own retry that the key is taken."""
 
@@ -405,6 +418,18 @@ def test_the_last_checkpoints_stay_and_everything_else_goes(tmp_path):
     assert store.list("manifests/") == ["manifests/000002-000000000003.json", "manifests/000002-000000000004.json"]
     assert {key.split("/")[2] for key in store.list("objects/")} == {"000000000003-0001", "000000000004-0002"}
     assert sorted(path.name for path in tmp_path.glob("objects/*/*")) == ["000000000003-0001", "000000000004-0002"]
+
+
+def test_retention_does_not_touch_what_later_attempts_write(uri):
+    zombie, _ = start(Store(uri), keep_last=1)
+    save(zombie, ThreadWorker(), 10)
+    successor, _ = start(Store(uri))
+    save(successor, ThreadWorker(), 20)
+    of_successor = [*Store(uri).list("manifests/000002"), *Store(uri).list("objects/000002")]
+
+    history = [ManifestId(1, 10), ManifestId(2, 20)]
+    remove_old(Store(uri), attempt=1, chain=history[:1], manifests=history, damaged=[], keep_last=1)
+    assert set(of_successor) <= set(Store(uri).list())
 
 
 def test_a_failure_to_remove_older_checkpoints_is_a_warning(uri):
@@ -479,6 +504,8 @@ def test_death_between_any_two_operations_leaves_the_newest_committed_checkpoint
         done: list[int] = []
         with pytest.raises(Killed):
             kill_scenario(FaultyStore(uri, kill_at=number), done)
+        for id in read_history(Store(uri)).chain:
+            assert verify_share(Store(uri), id, 0, 1, 1)[1] == [], "a visible checkpoint lacks something"
 
         checkpointer, checkpoint = start(Store(uri), keep_last=1)
         newest = checkpoint.step if checkpoint else 0
