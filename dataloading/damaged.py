@@ -73,6 +73,6 @@ class DamagedRows:
                     return start
                 start = start + 1 if start in failed else stop
         raise ValueError(
-            f"no image of {self._index.source} can be decoded: found {len(bad_N)} rows, all damaged (last tried for row "
-            f"{row}, {self._index.names[row]}); expected at least one good image, check the data"
+            f"no image of {self._index.source} can be decoded: found {len(bad_N)} rows, all damaged (last tried for "
+            f"row {row}, {self._index.names[row]}); expected at least one good image, check the data"
         )

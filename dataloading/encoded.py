@@ -158,12 +158,8 @@ class EncodedCrops:
         if len(unread) == len(samples) > 1:
             # One missing file is damage; a whole batch of them is storage that is gone, and no reason to go on.
             raise unread[0]
-        job = _Job(plan, samples)
-        if samples:
-            self._start_decoding(plan, samples, np.arange(len(samples)))
-        else:
-            job.collected, job.crops = True, torch.empty((0, 3, self._size, self._size), device=self._device)
-        return job
+        self._start_decoding(plan, samples, np.arange(len(samples)))
+        return _Job(plan, samples)
 
     def _start_decoding(self, plan: Plan, samples: list[_Sample], chosen: NDArray[np.int64]) -> None:
         """Submit some windows; where the decoder must not see an image it gets a placeholder of one pixel."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, repeat
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -66,7 +66,8 @@ class Loader:
 
     def __init__(
         self,
-        crops: Crops,
+        crops: Crops | None,
+        empty: Batch,
         finish: Callable[[Tensor, Plan], Tensor],
         planner: Planner,
         damaged: DamagedRows,
@@ -77,7 +78,8 @@ class Loader:
         offsets: tuple[int, int],
         num_views: int,
     ) -> None:
-        self._crops, self._finish, self._planner, self._damaged = crops, finish, planner, damaged
+        self._crops, self._empty, self._finish = crops, empty, finish
+        self._planner, self._damaged = planner, damaged
         self._num_rows, self._seed, self._num_views = num_rows, seed, num_views
         self._global_batch, self._offsets = global_batch, offsets
 
@@ -87,6 +89,9 @@ class Loader:
         A new call starts anew at its step and ends iterators of earlier calls. Raises ValueError if no image of the
         dataset can be decoded, OSError if the storage fails.
         """
+        if self._crops is None:
+            yield from repeat(self._empty)
+            return
         for plan, crops in self._crops.crops(self._plans(start_step)):
             images = self._finish(crops, plan)
             if self._num_views > 1:
@@ -95,7 +100,8 @@ class Loader:
 
     def close(self) -> None:
         """End the threads of the loader. It yields nothing afterwards."""
-        self._crops.close()
+        if self._crops is not None:
+            self._crops.close()
 
     @property
     def bad_rows(self) -> list[BadRow]:
@@ -129,16 +135,21 @@ def make_loader(
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:
         raise ValueError(f"offsets: found {offsets}, expected 0 <= start <= stop <= global batch {global_batch}")
+    device = torch.device(device)
+    views = (augment.num_views,) if augment.num_views > 1 else ()
+    no_images = torch.empty((*views, 0, 3, augment.size, augment.size), device=device)
+    empty = Batch(no_images, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool))
     damaged = DamagedRows(dataset.index)
     planner = TrainPlanner(dataset.index, damaged, augment, seed)
-    num_windows = (stop - start) * augment.num_views
-    crops, reference = _open_crops(
-        dataset, planner, damaged, augment.size, num_windows, torch.device(device), num_threads, backend
-    )
+    crops, is_reference = None, False
+    if num_windows := (stop - start) * augment.num_views:
+        crops, is_reference = _open_crops(
+            dataset, planner, damaged, augment.size, num_windows, device, num_threads, backend
+        )
 
     def finish(crops_MCHW: Tensor, plan: Plan) -> Tensor:
         assert plan.factors is not None
-        if reference:
+        if is_reference:
             from dataloading.torch_loader import reference_colors
 
             return reference_colors(crops_MCHW, plan.factors, augment)
@@ -146,6 +157,7 @@ def make_loader(
 
     return Loader(
         crops,
+        empty,
         finish,
         planner,
         damaged,
@@ -220,8 +232,7 @@ def _open_crops(
     if backend == "dali":
         from dataloading.dali_pipeline import DaliDecoder
 
-        max_windows = max(1, num_windows)
-        decoder = DaliDecoder(size=size, max_windows=max_windows, device=device, num_threads=num_decoders)
+        decoder = DaliDecoder(size=size, max_windows=num_windows, device=device, num_threads=num_decoders)
     else:
         from dataloading.torch_loader import PillowDecoder
 
