@@ -1,0 +1,143 @@
+"""TensorBoard events of a run: what is written under which tag, and what a person should conclude from it.
+
+torch.utils.tensorboard takes seconds to import; it is imported when the first event is written, so that commands which
+only look at runs never wait for it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from dataloading.index import Dataset
+    from instdisc.evaluate.knn import Neighbours
+
+TAGS: dict[str, str] = {
+    "train/loss": "mean loss over the valid images of the steps since the last point",
+    "train/lr": "learning rate of the last step, for the global batch",
+    "train/images_per_s": "images of all workers per second, data waits included, evaluation excluded",
+    "train/data_wait": "share of the time that the slowest rank waited for data, 0 to 1; above 0.1 the data are the limit",
+    "train/positive_score": "mean cosine of an image's feature with its own bank row; rises in training",
+    "train/negative_score": "mean cosine with the rows of other images of the batch; near 1 the features have collapsed",
+    "nce/log_z": "log Z that the NCE loss uses",
+    "nce/log_z_running": "log of the running estimate of Z; more than 1 away from nce/log_z the loss misleads",
+    "bank/row_norm_min": "length of the shortest bank row of rank 0 (first 65,536 rows); 1 up to the bank's rounding",
+    "bank/row_norm_max": "length of the longest bank row of rank 0 (first 65,536 rows); 1 up to the bank's rounding",
+    "bank/written_share": "share of rank 0's rows that were written at least once; 1 after the first epoch",
+    "bank/staleness_steps": "steps since each written row of rank 0 was last written; at most two epochs",
+    "data/bad_rows": "damaged images that were replaced so far in this attempt, all ranks",
+    "data/augmented_batch": "the first images of this attempt as the encoder sees them",
+    "knn/top1_reencoded": "weighted kNN accuracy in percent, training images encoded by the present encoder",
+    "knn/top1_bank": "weighted kNN accuracy in percent, training images as the memory bank has them",
+    "knn/neighbours": "test images and their nearest training images",
+    "checkpoint/write_s": "seconds from the snapshot of a checkpoint to its manifest",
+    "about": "what each tag means",
+    "config": "the configuration of the run",
+}
+"""Every tag that is written, and what it means; the same table stands in TensorBoard under `about`."""
+
+_KNN_TAGS = {"knn_top1": "knn/top1_reencoded", "knn_bank_top1": "knn/top1_bank"}
+_FLUSH_S = 20
+_MAX_BINS = 64
+_MAX_LOG_Z_DISTANCE = 1.0
+
+
+class EventWriter:
+    """Writes events into a local folder, which exists from the first event on.
+
+    purge_step: a continued run writes into the folder of the attempt before; its points at this step and later, which
+    happened after the checkpoint that the run goes on from, are no longer shown. None: nothing is purged.
+    """
+
+    def __init__(self, folder: str, *, purge_step: int | None) -> None:
+        self._folder, self._purge_step = folder, purge_step
+        self._opened: SummaryWriter | None = None
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write a point per tag of `TAGS`; None and values that are not finite are left out."""
+        for tag, value in values.items():
+            _check_tag(tag)
+            if value is not None and math.isfinite(value):
+                self._writer().add_scalar(tag, float(value), step)
+
+    def histogram(self, step: int, tag: str, values: ArrayLike) -> None:
+        """Write the distribution of numbers (any shape; a tensor on the CPU); none where no number is finite."""
+        _check_tag(tag)
+        # float64: the writer squares and sums in the type that it is given, and int32 would overflow.
+        numbers = np.asarray(values, dtype=np.float64).ravel()
+        numbers = numbers[np.isfinite(numbers)]
+        if numbers.size:
+            self._writer().add_histogram(tag, numbers, step, bins=_MAX_BINS)  # type: ignore[arg-type]  # a number too
+
+    def image(self, step: int, tag: str, pixels_HWC: NDArray[np.uint8]) -> None:
+        """Write a picture, uint8 (H, W, 3)."""
+        _check_tag(tag)
+        assert pixels_HWC.dtype == np.uint8 and pixels_HWC.ndim == 3, (pixels_HWC.dtype, pixels_HWC.shape)
+        self._writer().add_image(tag, pixels_HWC, step, dataformats="HWC")
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Write a text in Markdown."""
+        _check_tag(tag)
+        self._writer().add_text(tag, text, step)
+
+    def knn(self, step: int, scores: Mapping[str, float]) -> None:
+        """Write kNN accuracies in percent: "knn_top1" and "knn_bank_top1"."""
+        self.scalars(step, {_KNN_TAGS[name]: score for name, score in scores.items()})
+
+    def neighbours(self, step: int, train: Dataset, test: Dataset, neighbours: Neighbours) -> None:
+        """Write the picture of test images and their nearest training images."""
+        from instdisc.train.neighbours import draw_neighbours
+
+        png = draw_neighbours(train, test, neighbours, f"Nearest neighbours after {step:,} steps")
+        with Image.open(io.BytesIO(png)) as picture:
+            self.image(step, "knn/neighbours", np.asarray(picture.convert("RGB")))
+
+    def flush(self) -> None:
+        """Write out what is still in memory; it also happens every 20 seconds."""
+        if self._opened is not None:
+            self._opened.flush()
+
+    def close(self) -> None:
+        """Write out and close the event file; a second call does nothing."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _writer(self) -> SummaryWriter:
+        if self._opened is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._opened = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=_FLUSH_S)
+            rows = "\n".join(f"| {tag} | {meaning} |" for tag, meaning in TAGS.items())
+            self._opened.add_text("about", f"| tag | meaning |\n|---|---|\n{rows}", self._purge_step or 0)
+        return self._opened
+
+
+def log_z_advice(log_z: float, log_z_running: float) -> str | None:
+    """Return what it means that the Z in use is far from its running estimate, and what to do; None where all is well.
+
+    More than 1 apart, the loss's posterior is off by more than a factor of e; on data sets of fewer than about a
+    million images the constant of the first batch then lets the loss grow without end.
+    """
+    distance = log_z_running - log_z
+    if not math.isfinite(distance) or abs(distance) <= _MAX_LOG_Z_DISTANCE:
+        return None
+    how = "below" if distance > 0 else "above"
+    return (
+        f"log Z of NCE is {log_z:.2f}, {abs(distance):.2f} {how} its running estimate of {log_z_running:.2f}: Z was "
+        "estimated while the bank was still random, and with a wrong Z the loss can grow without end while kNN accuracy "
+        "falls. Start a new run with objective.z=ema, which follows the running estimate."
+    )
+
+
+def _check_tag(tag: Any) -> None:
+    assert tag in TAGS, f"{tag!r} is not documented: add it to TAGS with what it means"
