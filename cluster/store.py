@@ -224,6 +224,8 @@ def _split(uri: str) -> tuple[str, str]:
 
 def _explain(error: Exception, what: str) -> StoreError:
     if isinstance(error, FileNotFoundError):
+        if what.startswith(("cannot write", "cannot create")):
+            return StoreError(f"{what}: the bucket or folder is not there; create it, or choose another URI ({error})")
         return ObjectMissingError(f"{what}: it is not there")
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, PermissionError) and number not in _ADVICE:
