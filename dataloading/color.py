@@ -38,7 +38,8 @@ def augment_colors(crops_BCHW: Tensor, factors: ColorFactors, config: AugmentCon
     for start in range(0, len(crops_BCHW), part_size or 1):
         part = slice(start, start + part_size)
         _augment(crops_BCHW[part], factors[part], config)
-    return normalize(crops_BCHW, config.mean, config.std)
+        normalize(crops_BCHW[part], config.mean, config.std)
+    return crops_BCHW
 
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
@@ -128,9 +129,9 @@ def _hue(images_BCHW: Tensor, turns_B: NDArray[np.float32]) -> None:
     divisor = chroma.clamp(min=1e-20)
     opponent = torch.sub(green, blue).div_(divisor)
     hue = torch.sub(red, smallest).div_(divisor).mul_(2.0).sub_(1.0)
-    hue.mul_(torch.abs(opponent).neg_().add_(1.5)).neg_().add_(1.5).copysign_(opponent)
+    work = torch.abs(opponent, out=divisor).neg_().add_(1.5)
+    hue.mul_(work).neg_().add_(1.5).copysign_(opponent)
     base = smallest.sub_(chroma)
-    work = divisor
     for channel, center in enumerate((0.0, 2.0, 4.0)):
         # Taken into [-3, 3], the shift leaves hue + shift in [-6, 6], where 3 - distance is ||hue + shift| - 3|.
         shifts_B = (6.0 * turns_B.astype(np.float64) - center + 3.0) % 6.0 - 3.0
@@ -162,7 +163,8 @@ def _gray(images_BCHW: Tensor) -> Tensor:
     """Return the luma (B, H, W)."""
     red, green, blue = images_BCHW.unbind(1)
     # Not add(alpha=...): whether that is fused into one rounding depends on the kernel.
-    return (red * _GRAY[0]).add_(green * _GRAY[1]).add_(blue * _GRAY[2])
+    gray, product = red * _GRAY[0], green * _GRAY[1]
+    return gray.add_(product).add_(torch.mul(blue, _GRAY[2], out=product))
 
 
 def _per_sample(values_B: NDArray[np.floating], like: Tensor) -> Tensor:
