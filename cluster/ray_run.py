@@ -81,7 +81,8 @@ class RayRun:
         deaths = self._error.worker_failures if isinstance(self._error, WorkerGroupError) else {}
         for rank, error in sorted(deaths.items()):
             if rank not in raised and isinstance(error, (RayError, WorkerHealthCheckFailedError)):
-                return WorkerDied(rank, None, str(error))
+                death = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+                return WorkerDied(rank, None, str(death))
         if failures:
             return root_cause(failures).to_exception()
         assert self._error is not None

@@ -11,6 +11,8 @@ import signal
 import socket
 import tempfile
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 CONNECT_TIMEOUT_S = 6.0
 PROBE_TIMEOUT_S = 3.0
+REMOVE_TIMEOUT_S = 5.0
 # Loopback by a name that Ray takes literally; it replaces 127.0.0.1 by the address of the network card.
 _LOOPBACK = "127.0.0.2"
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through Ray here; the least that Ray takes is 75 MiB
@@ -131,7 +134,16 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
         if node is not None:
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         _reread_token()
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove Ray's folder, in which its last processes may still be writing while they end."""
+    deadline = time.monotonic() + REMOVE_TIMEOUT_S
+    while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            time.sleep(0.05)
 
 
 def _connect(address: str, quiet: bool, folder: Path | None = None) -> None:
@@ -199,7 +211,9 @@ def _silence(quiet: bool) -> Iterator[None]:
     # The raylet's messages (a worker died) are printed even with log_to_driver=False; we raise WorkerDied instead.
     ray._private.worker.print_worker_logs = lambda *args, **kwargs: None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"ray\.")  # Ray warns of its own defaults
+            yield
     finally:
         logger.setLevel(level)
         ray._private.worker.print_worker_logs = print_worker_logs

@@ -85,7 +85,7 @@ def uniforms(
     counters[:, :, 1] = high[:, None] | blocks[None, :]
     counters[:, :, 2] = visits[:, None]
     counters[:, :, 3] = 0
-    words = philox4x32(counters.reshape(-1, 4), _key(seed)).reshape(len(rows), -1)[:, :num_draws]
+    words = philox4x32(counters.reshape(-1, 4), _key(seed)).reshape(len(rows), 4 * len(blocks))[:, :num_draws]
     return words.astype(np.float64) * 2.0**-32
 
 

@@ -31,18 +31,19 @@ class GroupedBatchNorm:
 
     def load_running(self) -> None:
         """Take the buffers as they stand (start, restore) for the running statistics."""
-        torch._foreach_copy_(self._running, self._buffers()) if self._modules else None
+        if self._modules:
+            torch._foreach_copy_(self._running, self._buffers())  # pyright: ignore[reportPrivateImportUsage]
 
     def add_group(self) -> None:
         """Count the statistics of the group that was just embedded."""
         if self._modules:
-            torch._foreach_add_(self._sums, self._buffers())
+            torch._foreach_add_(self._sums, self._buffers())  # pyright: ignore[reportPrivateImportUsage]
 
     def discard(self) -> None:
         """Forget the groups seen since the last step and put the running statistics back."""
         if self._modules:
-            torch._foreach_zero_(self._sums)
-            torch._foreach_copy_(self._buffers(), self._running)
+            torch._foreach_zero_(self._sums)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_copy_(self._buffers(), self._running)  # pyright: ignore[reportPrivateImportUsage]
 
     def finish_step(self, num_groups: int, step: int) -> None:
         """Move the running statistics by the average over the groups of all ranks. Collective."""

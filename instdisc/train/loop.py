@@ -81,6 +81,7 @@ class Training:
     def run_to_end(self) -> dict[str, Any]:
         """Restore, train, evaluate and save until the last step or until the driver asks to stop."""
         self._restore()
+        self.monitor.announce(self.state, self.plan)
         if self.state.step == 0 and self.config.eval.baselines:
             self._baselines()
         self.monitor.start(self.state.step)

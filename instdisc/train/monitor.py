@@ -22,6 +22,7 @@ from instdisc.pictures import image_grid
 from instdisc.runs import Run
 from instdisc.train.evaluation import Evaluation
 from instdisc.train.metrics import NAMES
+from instdisc.train.plan import BatchPlan
 from instdisc.train.state import TrainState
 from instdisc.train.tensorboard import EventWriter, log_z_advice
 
@@ -47,6 +48,24 @@ class Monitor:
         if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
             self._events = EventWriter(os.fspath(folder / "tensorboard" / f"attempt-{attempt:04d}"), purge_step=step)
             self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
+
+    def announce(self, state: TrainState, plan: BatchPlan) -> None:
+        """Tell what follows from the configuration, before the first step."""
+        worker, bank = self._worker, state.bank
+        bank_bytes = bank.rows.numel() * bank.rows.element_size()
+        parameters = sum(p.numel() for p in state.encoder.parameters())
+        # Weights and their momenta, and the whole bank with the step of each row's last write.
+        checkpoint_bytes = 8 * parameters + self._num_rows * (bank.dim * bank.rows.element_size() + 4)
+        lines = [
+            f"{self._num_rows:,} images, {self._num_steps:,} steps of {plan.global_batch} images "
+            f"({self._num_rows / plan.global_batch:.1f} an epoch), BatchNorm over groups of {plan.norm_group}",
+            f"{max(1, worker.world_size)} worker(s) on {worker.device.type}, {worker.num_threads} thread(s) each for "
+            "torch and data together",
+            f"encoder {parameters / 1e6:.2f} M parameters, memory bank {_readable(bank_bytes)} a worker, "
+            f"checkpoint about {_readable(checkpoint_bytes)}",
+        ]
+        for line in lines:
+            worker.emit({"kind": "message", "text": line, "keep": True})
 
     def start(self, step: int) -> None:
         """Start the clocks: the first step is about to begin."""
@@ -179,3 +198,12 @@ class Monitor:
         written_R = state.bank.last_step[state.bank.last_step >= 0]
         if len(written_R):
             self._events.histogram(state.step, "bank/staleness_steps", (state.step - 1 - written_R).cpu())
+
+
+def _readable(num_bytes: float) -> str:
+    """Return a number of bytes in the unit that suits it."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"

@@ -25,9 +25,9 @@ TAGS: dict[str, str] = {
     "train/loss": "mean loss over the valid images of the steps since the last point",
     "train/lr": "learning rate of the last step, for the global batch",
     "train/images_per_s": "images of all workers per second, data waits included, evaluation excluded",
-    "train/data_wait": "share of the time that the slowest rank waited for data, 0 to 1; above 0.1 the data are the limit",
+    "train/data_wait": "share of the time that the slowest rank waited for data, 0 to 1; above 0.1 data are the limit",
     "train/positive_score": "mean cosine of an image's feature with its own bank row; rises in training",
-    "train/negative_score": "mean cosine with the rows of other images of the batch; near 1 the features have collapsed",
+    "train/negative_score": "mean cosine with the rows of the batch's other images; near 1 the features have collapsed",
     "nce/log_z": "log Z that the NCE loss uses",
     "nce/log_z_running": "log of the running estimate of Z; more than 1 away from nce/log_z the loss misleads",
     "bank/row_norm_min": "length of the shortest bank row of rank 0 (first 65,536 rows); 1 up to the bank's rounding",
@@ -76,12 +76,13 @@ class EventWriter:
         numbers = np.asarray(values, dtype=np.float64).ravel()
         numbers = numbers[np.isfinite(numbers)]
         if numbers.size:
-            self._writer().add_histogram(tag, numbers, step, bins=_MAX_BINS)  # type: ignore[arg-type]  # a number too
+            self._writer().add_histogram(tag, numbers, step, bins=_MAX_BINS)  # type: ignore[arg-type]
 
     def image(self, step: int, tag: str, pixels_HWC: NDArray[np.uint8]) -> None:
         """Write a picture, uint8 (H, W, 3)."""
         _check_tag(tag)
-        assert pixels_HWC.dtype == np.uint8 and pixels_HWC.ndim == 3, (pixels_HWC.dtype, pixels_HWC.shape)
+        assert pixels_HWC.dtype == np.uint8, pixels_HWC.dtype
+        assert pixels_HWC.ndim == 3, pixels_HWC.shape
         self._writer().add_image(tag, pixels_HWC, step, dataformats="HWC")
 
     def text(self, step: int, tag: str, text: str) -> None:
@@ -134,8 +135,8 @@ def log_z_advice(log_z: float, log_z_running: float) -> str | None:
     how = "below" if distance > 0 else "above"
     return (
         f"log Z of NCE is {log_z:.2f}, {abs(distance):.2f} {how} its running estimate of {log_z_running:.2f}: Z was "
-        "estimated while the bank was still random, and with a wrong Z the loss can grow without end while kNN accuracy "
-        "falls. Start a new run with objective.z=ema, which follows the running estimate."
+        "estimated while the bank was still random, and with a wrong Z the loss can grow without end while kNN "
+        "accuracy falls. Start a new run with objective.z=ema, which follows the running estimate."
     )
 
 

@@ -58,7 +58,10 @@ def kill_at_a_random_moment(root: Path, run: Path, whom: str, chance: random.Ran
         time.sleep(0.02)
     time.sleep(chance.uniform(0, 0.8))
     family = psutil.Process(driver.pid).children(recursive=True)
-    victim = driver.pid if whom == "driver" else chance.choice(family).pid
+    # The driver's own children are the fork server and its kin; the workers are the fork server's.
+    workers = [process for process in family if process.ppid() != driver.pid]
+    assert len(workers) == 3
+    victim = driver.pid if whom == "driver" else chance.choice(workers).pid
     os.kill(victim, signal.SIGKILL)
     driver.communicate(timeout=60)
     assert driver.returncode != 0
