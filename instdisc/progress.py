@@ -32,7 +32,7 @@ class Progress:
 
     In a terminal the newest progress or phase is one line, redrawn in place and cut to the width, and everything else
     stands above it. In a log or a pipe every event is a plain line at once, except that progress, and phases that
-    differ from the one before only in their numbers, come at most every 10 seconds; the last one is never lost.
+    differ from the one before only in their numbers, come at most every 10 seconds.
     is_terminal: None asks the stream.
     """
 
@@ -62,11 +62,14 @@ class Progress:
             self._show_lasting(_knn_line(event) if kind == "knn" else str(event["text"]))
 
     def close(self) -> None:
-        """Show the last progress where it was held back, and end the line."""
-        if not self._is_shown:
-            self._show_live()
-        if self._is_terminal and self._live is not None:
-            self._write("\n")
+        """End the live line: the last progress stays, shown if it was held back; a phase is over and goes."""
+        if self._live is not None and self._live["kind"] == "progress":
+            if not self._is_shown:
+                self._show_live()
+            if self._is_terminal:
+                self._write("\n")
+        elif self._live is not None and self._is_terminal:
+            self._write(_CLEAR)
         self._live = None
 
     def _is_due(self, event: Mapping[str, Any]) -> bool:
