@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ EVENT, RESULT, FAILURE = "event", "result", "failure"
 
 @dataclass(frozen=True)
 class LocalTask:
-    """Everything that a worker process is started with; `call` is the pickled (fn, args)."""
+    """What a worker process is started with: `call`, the pickled (fn, args), and a `folder` that all ranks share."""
 
     call: bytes
     rank: int
     world_size: int
     num_threads: int
-    rendezvous: str
+    folder: str
     environment: dict[str, str]
 
 
@@ -36,7 +37,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
     The supervisor sends one message at most, and it means: please stop.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the supervisor decides
-    threading.Thread(target=_die_with_parent, name="die-with-parent", daemon=True).start()
+    threading.Thread(target=_die_with_parent, args=(task.folder,), name="die-with-parent", daemon=True).start()
     os.environ.clear()
     os.environ.update(task.environment)
     outbox = Outbox()
@@ -61,7 +62,8 @@ def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
     torch.set_num_threads(task.num_threads)
     device = device_of(task.rank, task.world_size)
     fn, args = _unpickled_call(task.call)
-    control_group = open_groups(task.rank, task.world_size, device, init_method=task.rendezvous)
+    rendezvous = f"file://{task.folder}/rendezvous"  # a file, as a port can be taken by another process
+    control_group = open_groups(task.rank, task.world_size, device, init_method=rendezvous)
     worker = Worker(
         rank=task.rank,
         world_size=task.world_size,
@@ -103,9 +105,10 @@ def _send_events(outbox: Outbox, connection: Connection) -> None:
         connection.send((EVENT, event))
 
 
-def _die_with_parent() -> None:
-    """End this process as soon as the supervisor's process is gone, however it went."""
+def _die_with_parent(folder: str) -> None:
+    """End this process, and remove what the supervisor would have removed, as soon as its process is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

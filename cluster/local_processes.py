@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from pathlib import Path
 from typing import Any
 
 from cluster.failures import Failure, WorkerDied, root_cause
@@ -95,7 +94,7 @@ def run_processes(
             on_event(json.loads(event))
 
     call = _pickled_call(fn, args)
-    folder = Path(tempfile.mkdtemp(prefix="npid-"))
+    folder = tempfile.mkdtemp(prefix="npid-")
     workers: list[LocalProcess] = []
     try:
         for rank in range(num_workers):
@@ -104,7 +103,7 @@ def run_processes(
                 rank=rank,
                 world_size=num_workers,
                 num_threads=num_threads,
-                rendezvous=f"file://{folder / 'rendezvous'}",  # a file, as a port can be taken by another process
+                folder=folder,
                 environment={**os.environ, **thread_environment(num_threads), "GLOO_SOCKET_IFNAME": "lo"},
             )
             workers.append(_start(task))

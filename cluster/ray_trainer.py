@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -54,5 +55,6 @@ def run_on_ray(
 
         if use_gpu is None:
             use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
-        task = RayTask(cloudpickle.dumps((fn, args)), mailbox, threads_per_worker, use_gpu)
+        import_path = tuple(sys.path) if is_private else ()
+        task = RayTask(cloudpickle.dumps((fn, args)), mailbox, threads_per_worker, use_gpu, import_path)
         return start_run(task, num_workers, is_private, interrupts, on_event)

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ class RayTask:
     mailbox: Any
     threads_per_worker: int | None
     use_gpu: bool
+    import_path: tuple[str, ...] = ()
+    """The driver's sys.path where it holds for the workers, too: on a private Ray."""
 
     def run(self) -> Any:
         """Run this worker's rank. Ray Train calls it in a thread of the worker's process, so no signals here."""
@@ -70,6 +73,7 @@ class RayTask:
             poll_stop=StopFlag(self.mailbox).poll,
             control_group=control_group,
         )
+        sys.path.extend(folder for folder in self.import_path if folder not in sys.path)
         fn, args = cloudpickle.loads(self.call)
         result = fn(worker, *args)
         if control_group is not None:

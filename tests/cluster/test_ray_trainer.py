@@ -72,7 +72,8 @@ if __name__ == "__main__":
     _, left = psutil.wait_procs(started, timeout=5)
     left = [process.name() for process in left]
     restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    print(json.dumps({"result": result, "events": events, "error": error, "num_started": len(started), "left": left, "restored": restored}))
+    report = {"result": result, "events": events, "error": error, "restored": restored}
+    print(json.dumps({**report, "num_started": len(started), "left": left}))
 """
 
 

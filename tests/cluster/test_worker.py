@@ -44,6 +44,7 @@ def wait_in_a_collective(worker: Worker, pid_folder: str, failure: str) -> None:
     import torch.distributed as dist
 
     (Path(pid_folder) / str(worker.rank)).write_text(str(os.getpid()))
+    worker.all_gather_object("every rank has started")
     if worker.rank == 1 and failure == "raise":
         raise ValueError("the recipe has no encoder")
     if worker.rank == 1 and failure == "leave the group, then raise":
