@@ -17,7 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -86,6 +86,7 @@ def run_processes(
     num_threads: int,
     interrupts: Interrupts,
     on_event: Callable[[dict[str, Any]], None] | None,
+    preload: Sequence[str] = (),
 ) -> list[Any]:
     """Run `fn(worker, *args)` in `num_workers` processes; see `cluster.worker.run_local`."""
 
@@ -106,7 +107,7 @@ def run_processes(
                 folder=folder,
                 environment={**os.environ, **thread_environment(num_threads), "GLOO_SOCKET_IFNAME": "lo"},
             )
-            workers.append(_start(task))
+            workers.append(_start(task, preload))
         _supervise(workers, interrupts, handle_event)
         return [pickle.loads(worker.result or b"") for worker in workers]
     finally:
@@ -125,9 +126,9 @@ def _pickled_call(fn: Callable[..., Any], args: tuple) -> bytes:
         ) from error
 
 
-def _start(task: LocalTask) -> LocalProcess:
+def _start(task: LocalTask, preload: Sequence[str]) -> LocalProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", *preload])
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(task, theirs), name=f"rank-{task.rank}")
     with _helper_environment():

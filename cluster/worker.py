@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,7 @@ def run_local(
     *args: Any,
     on_event: OnEvent | None = None,
     threads_per_worker: int | None = None,
+    preload: Sequence[str] = (),
 ) -> list[Any]:
     """Run `fn(worker, *args)` on `num_workers` workers on this machine and return the results by rank.
 
@@ -115,6 +116,8 @@ def run_local(
             (and by NCCL if each can have a GPU of its own).
         on_event: called here, during the run, with what rank 0 gives to `Worker.emit`.
         threads_per_worker: default: this process's usable cores, divided among the workers.
+        preload: modules that the processes would import anyway; they are imported once for all of them (at the first
+            call in this process). Importing them must start no threads.
 
     Ctrl-C (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can save its work and
     return; the second ends the workers at once with KeyboardInterrupt.
@@ -130,7 +133,7 @@ def run_local(
     with Interrupts() as interrupts:
         if num_workers == 0:
             return [_run_here(fn, args, interrupts, on_event, num_threads)]
-        return run_processes(fn, args, num_workers, num_threads, interrupts, on_event)
+        return run_processes(fn, args, num_workers, num_threads, interrupts, on_event, preload)
 
 
 def _run_here(

@@ -65,7 +65,8 @@ def _launch(
     if workers == 0 or launcher == "local":
         from cluster.worker import run_local
 
-        return run_local(train_worker, workers, config.to_json(), uri, on_event=on_event)[0]
+        preload = ("instdisc.train.loop",)
+        return run_local(train_worker, workers, config.to_json(), uri, on_event=on_event, preload=preload)[0]
     from cluster.ray_trainer import run_on_ray
 
     return run_on_ray(train_worker, workers, config.to_json(), uri, address=address, on_event=on_event)

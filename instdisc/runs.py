@@ -4,7 +4,7 @@
     dataset/index.parquet  the images, so that a run can say what differs when they changed
     dataset/digest.json    their number and digest
     checkpoints/           cluster.checkpoint's format
-    tensorboard/           events, one folder per attempt
+    tensorboard/           events
     results.json           written last: the run is finished
     neighbours.png         what it learned, to look at
 

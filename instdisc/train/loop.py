@@ -111,8 +111,8 @@ class Training:
             self.state.load(checkpoint)
             text = f"continuing from the checkpoint of step {self.state.step:,} of {self.num_steps:,}"
             self.worker.emit({"kind": "message", "text": text, "keep": True})
-        attempt = self.checkpointer.begin_attempt()
-        self.monitor.open_events(attempt, self.state.step)
+        self.checkpointer.begin_attempt()
+        self.monitor.open_events(self.state.step)
 
     def _has_appointment(self) -> bool:
         """Whether all ranks meet after this step: to read the metrics, to evaluate, to save."""

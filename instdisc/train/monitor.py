@@ -42,11 +42,11 @@ class Monitor:
         self._first_step = self.last_look = 0
         self._advised = self._batch_shown = False
 
-    def open_events(self, attempt: int, step: int) -> None:
-        """Start this attempt's event files; what an earlier attempt wrote beyond `step` is shown no more."""
+    def open_events(self, step: int) -> None:
+        """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
         folder = self._run.folder
         if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
-            self._events = EventWriter(os.fspath(folder / "tensorboard" / f"attempt-{attempt:04d}"), purge_step=step)
+            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1)
             self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
 
     def announce(self, state: TrainState, plan: BatchPlan) -> None:

@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
     found = {}
     for workers in (0, 2, 3, 4):
         uris = [str(folder / f"{objective}-{workers}") for objective in OBJECTIVES]
-        run_local(train_all, workers, configs, uris)
+        run_local(train_all, workers, configs, uris, preload=["instdisc.train.loop"])
         for objective, uri in zip(OBJECTIVES, uris, strict=True):
             found[workers, objective] = read_latest(Run(uri).checkpoints())
     return found
