@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
         "load_average": list(os.getloadavg()),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},  # with its CUDA
         "commit": commit(Path(__file__).parent),
     }
 

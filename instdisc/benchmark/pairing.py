@@ -148,6 +148,7 @@ def paired_result(
     value and reference: the medians. ratio: how many times better ours is, the median over the pairs;
     ratio_of_medians is the same of the two medians. `more` is added as it is.
     """
+
     def better(mine: float, theirs: float) -> float:
         return mine / theirs if higher_is_better else theirs / mine
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset as TorchDataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from dataloading.augment import AugmentConfig
@@ -53,7 +54,9 @@ class InstanceImages(TorchDataset):
         self._num_rows = dataset.index.num_rows
         jitter = v2.ColorJitter(*augment.jitter)
         colors: dict[str, torch.nn.Module] = {
-            "jitter": v2.RandomApply([jitter], augment.jitter_probability) if augment.jitter_probability < 1 else jitter,
+            "jitter": v2.RandomApply([jitter], augment.jitter_probability)
+            if augment.jitter_probability < 1
+            else jitter,
             "grayscale": v2.RandomGrayscale(augment.grayscale_probability),
         }
         self._transform = v2.Compose(
@@ -89,10 +92,18 @@ class InstanceImages(TorchDataset):
 
 
 class PlainData:
-    """Endless shuffled batches of a DataLoader. Its workers live from `open` to `close`, so none works beside a rival."""
+    """Endless shuffled batches of a DataLoader. Its workers live from `open` to `close`: none works beside a rival."""
+
+    # Workers begin with two batches each for nothing: as many steps, and the clock starts on a steady flow.
+    lead_in_steps = 4
 
     def __init__(
-        self, dataset: Dataset, augment: AugmentConfig, batch_size: int, settings: PlainDataSettings, device: torch.device
+        self,
+        dataset: Dataset,
+        augment: AugmentConfig,
+        batch_size: int,
+        settings: PlainDataSettings,
+        device: torch.device,
     ) -> None:
         self._device = device
         self._loader = DataLoader(
@@ -105,18 +116,20 @@ class PlainData:
             # As users have it on Linux: workers start at once and share the images in memory.
             multiprocessing_context="fork" if settings.num_workers else None,
         )
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Generator[Batch] | None = None
 
-    def open(self, step: int) -> Iterator[Batch]:
+    def open(self, step: int) -> Generator[Batch]:
         """Start the workers and return the batches; `step` does not matter, the order is drawn anew."""
         self._batches = self._endless()
         return self._batches
 
     def close(self) -> None:
-        """End the workers: the DataLoader's iterator does that when nobody holds it any more."""
-        self._batches = None
+        """End the workers: a DataLoader's iterator does that when nobody holds it any more."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
-    def _endless(self) -> Iterator[Batch]:
+    def _endless(self) -> Generator[Batch]:
         while True:
             with warnings.catch_warnings():
                 # Python 3.12 warns of every fork of a process with threads; it is how DataLoaders run on Linux.

@@ -1,0 +1,75 @@
+"""`instdisc bench NAME`: measure a part of the system against its alternative, both in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from instdisc.cli.overrides import parse_overrides
+from instdisc.config import OBJECTIVES
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser("bench", help="measure a part of the system against its alternative in the same run")
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    _add_step(benchmarks)
+    parser.set_defaults(run=run, takes_overrides=True)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, telling what happens on standard error, and print the results on standard output."""
+    # Threads of OpenMP that spin while they wait take the cores from a rival's data workers: both sides get the same.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    document = options.measure(options)
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        from instdisc.benchmark.document import as_text
+
+        print(as_text(document))
+    return 0
+
+
+def _add_step(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "step",
+        help="our training step against a plain PyTorch loop over a dense bank",
+        description="Our training step against a plain PyTorch loop over a dense bank, in this process. Takes minutes. "
+        "--SECTION.FIELD VALUE changes the recipe; images are made up unless --data.root or --data.kind is given.",
+    )
+    parser.add_argument("--recipe", default="cifar10-cpu", help="network, batch and bank (default: cifar10-cpu)")
+    parser.add_argument("--objective", choices=OBJECTIVES, help="objective (default: the recipe's)")
+    parser.add_argument("--trials", type=int, default=7, help="timed trials of each side (default: 7)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a trial (default: 10)")
+    parser.add_argument("--threads", type=int, help="CPU threads of both sides (default: all usable cores)")
+    parser.add_argument(
+        "--sweep",
+        choices=("full", "short"),
+        default="full",
+        help="settings of the alternative; short leaves out torch.compile and data workers (default: full)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(measure=_measure_step)
+
+
+def _measure_step(options: argparse.Namespace) -> dict[str, Any]:
+    from instdisc.benchmark.step import StepBenchmark, bench_step
+    from instdisc.recipes import recipe
+
+    overrides: dict[str, Any] = parse_overrides(options.overrides)
+    if options.objective:
+        overrides["objective.name"] = options.objective
+    benchmark = StepBenchmark(
+        config=recipe(options.recipe, **overrides),
+        use_own_images=bool({"data.root", "data.kind"} & set(overrides)),
+        trials=options.trials,
+        steps=options.steps,
+        threads=options.threads,
+        full_sweep=options.sweep == "full",
+    )
+    return bench_step(benchmark, lambda line: print(line, file=sys.stderr, flush=True))
