@@ -30,7 +30,7 @@ def rank(group: Group = None) -> int:
 
 
 def gather_counts(count: int, group: Group = None) -> list[int]:
-    """Return how many rows each rank brings, in rank order. Collective; a CPU tensor, so that no device is waited for."""
+    """Return how many rows each rank brings, in rank order. Collective, on CPU tensors: no device is waited for."""
     size = world_size(group)
     if size == 1:
         return [count]

@@ -1,4 +1,4 @@
-"""The sample stream: which dataset row stands at which position of training (design: the endless concatenation of epochs).
+"""The sample stream, an endless concatenation of epochs: which dataset row stands at which position of training.
 
 Epoch e is a permutation of 0..N-1 that is a pure function of (seed, e). Global step t uses positions
 [t*G, (t+1)*G), whatever the number of workers, and batches straddle epoch ends: nothing is dropped, padded or

@@ -138,7 +138,7 @@ class ShardedMemoryBank:
     def gather_negatives(self, step: int, num_negatives: int) -> tuple[Tensor, Tensor]:
         """Return the negatives of a step and their rows: float32 (K, D) and int64 (K,) on the CPU. Collective.
 
-        The same on every rank: drawn from (seed, step), uniformly over N with replacement, all-gathered from their owners.
+        The same on every rank: drawn from (seed, step), uniformly over N with replacement, and all-gathered.
         """
         indices_K = negative_indices(self.seed, step, num_negatives, self.num_rows)
         return self.start_lookup(indices_K).wait(), indices_K
@@ -158,7 +158,8 @@ class ShardedMemoryBank:
         indices_B: int64, valid_B: bool, both on the CPU; features_BD: unit length. Every rank writes the rows that it
         owns. Samples with valid False are not written. A row that stands twice in the global batch gets the later
         one. Rows of features that are not finite keep their old value; `non_finite_step` remembers the first step in
-        which this rank brought such features, and the caller reads it when it reads its metrics. Raises ValueError on shapes or indices that do not fit.
+        which this rank brought such features, and the caller reads it when it reads its metrics. Raises ValueError on
+        shapes or indices that do not fit.
         """
         if features_BD.shape != (len(indices_B), self.dim):
             raise ValueError(
@@ -185,7 +186,7 @@ class ShardedMemoryBank:
         self.last_step.index_copy_(0, local_U, torch.where(finite_U, torch.full_like(old_U, step), old_U))
 
     def _check_indices(self, indices_M: Tensor) -> None:
-        if len(indices_M) and not (0 <= int(indices_M.min()) and int(indices_M.max()) < self.num_rows):
+        if len(indices_M) and not (int(indices_M.min()) >= 0 and int(indices_M.max()) < self.num_rows):
             raise ValueError(
                 f"memory bank on rank {self._rank}: found indices from {int(indices_M.min())} to "
                 f"{int(indices_M.max())}, expected 0 to {self.num_rows - 1}"

@@ -85,8 +85,8 @@ def cifar10_nce() -> TrainConfig:
     """The paper's CIFAR-10 model with NCE and 4,096 negatives.
 
     Command: `instdisc train cifar10-nce --data.root DIR`. Hardware and time: one GPU; not measured here. Expected:
-    80.4 % kNN (paper, table 2, m = 4096). With the paper's constant Z training diverges on data sets this small (measured
-    on 10,000 images), so Z is followed by a running mean here; `--objective.z constant` is the paper's.
+    80.4 % kNN (paper, table 2, m = 4096). With the paper's constant Z training diverges on data sets this small
+    (measured on 10,000 images), so Z is followed by a running mean here; `--objective.z constant` is the paper's.
     Source: arXiv 1805.01978, section 4.1; the running mean: github.com/HobbitLong/CMC/issues/23.
     """
     return cifar10_npid().with_overrides(
@@ -119,7 +119,7 @@ def cifar10_cpu() -> TrainConfig:
 def imagenet_npid_r18() -> TrainConfig:
     """The paper's ImageNet model, ResNet-18, NCE with 4,096 negatives.
 
-    Command: `instdisc train imagenet-npid-r18 --data.root DIR --workers 8` with DIR/train/<class>/ and DIR/val/<class>/.
+    Command: `instdisc train imagenet-npid-r18 --data.root DIR --workers 8`, DIR holding train/<class>/ and val/<class>/.
     Hardware and time: GPUs; not measured here. Expected: kNN 41.0 % (released model, repository's README), linear
     probe on the last block 44.5 %. Source: arXiv 1805.01978, section 4.2, and its released main.py (batch 256, lr 0.03,
     weight decay 1e-4, falls at epochs 120 and 160, τ = 0.07, bank momentum 0.5, constant Z).

@@ -1,4 +1,4 @@
-"""Objectives of instance discrimination: pure functions from features to a scalar, arithmetic in float32 and log space."""
+"""Objectives of instance discrimination: functions from features to a scalar, in float32 and log space."""
 
 from instdisc.objectives.infonce import infonce_loss
 from instdisc.objectives.nce import nce_loss

@@ -98,7 +98,7 @@ class Monitor:
             self._batch_shown = True
 
     def show(self, state: TrainState, by_rank: Sequence[dict[str, Any]], lr: float) -> None:
-        """Tell what all ranks read: their shares of the means add up to the means. Every rank, since it sums the bank."""
+        """Tell what all ranks read: their shares of the means add up to the means."""
         now_s = time.monotonic()
         steps = state.step - self.last_look
         batch = self._config.optim.global_batch

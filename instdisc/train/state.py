@@ -80,7 +80,7 @@ class TrainState:
 
 
 def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainState:
-    """Return the state before step 0, the same on every rank but for the rows of the bank that each owns. Collective."""
+    """Return the state before step 0, alike on every rank but for the bank's rows that each owns. Collective."""
     bank_group: Group = dist.new_group() if worker.world_size > 1 else None
     encoder = build_encoder(config.model, config.seed).to(worker.device)
     if use_channels_last(config, worker.device):

@@ -5,9 +5,9 @@ Shapes: N rows, G samples, K negatives, D feature numbers.
 
 from __future__ import annotations
 
+import npid_reference as reference
 import numpy as np
 import pytest
-import npid_reference as reference
 import torch
 import torch.distributed as dist
 
@@ -136,9 +136,7 @@ def test_every_rank_gets_the_same_negatives_as_one_process_has(by_rank, expected
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_rows_and_last_written_steps_equal_the_reference_and_do_not_depend_on_the_shards(
-    by_rank, expected, world_size
-):
+def test_rows_and_last_written_steps_equal_the_reference_and_do_not_depend_on_the_shards(by_rank, expected, world_size):
     parts = [by_rank[rank][world_size] for rank in range(world_size)]
     assert [part["start"] for part in parts] == [NUM_ROWS * r // world_size for r in range(world_size)]
     rows_ND = np.concatenate([part["rows"] for part in parts])

@@ -127,7 +127,7 @@ def test_the_list_of_fields_that_may_change_names_real_fields():
 
 
 def test_a_configuration_with_fields_of_a_newer_version_is_refused():
-    with pytest.raises(OverrideError, match="optim.sharpness"):
+    with pytest.raises(OverrideError, match=r"optim\.sharpness"):
         TrainConfig.from_json(TrainConfig().to_json().replace('"lr":', '"sharpness": 1,\n"lr":'))
 
 

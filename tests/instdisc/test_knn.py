@@ -34,9 +34,7 @@ def reference_votes(queries_BD, gallery_ND, labels_N, k, temperature):
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (K, 0.07), (K, 1.0), (500, 0.1)])
 def test_votes_equal_the_reference(k, temperature):
     queries_BD, gallery_ND, labels_N = features(20, 0), features(61, 1), labels(61)
-    votes_BC = knn_classify(
-        queries_BD, gallery_ND, labels_N, k=k, temperature=temperature, num_classes=NUM_CLASSES
-    )
+    votes_BC = knn_classify(queries_BD, gallery_ND, labels_N, k=k, temperature=temperature, num_classes=NUM_CLASSES)
     expected_BC = reference_votes(queries_BD, gallery_ND, labels_N.numpy(), k, temperature)
     np.testing.assert_allclose(votes_BC.numpy(), expected_BC, rtol=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,16 +23,14 @@ def test_starting_rows_are_unit_vectors_in_all_directions():
     assert abs(cosines.std() * math.sqrt(128) - 1) < 0.05
 
 
-@given(
-    num_rows=st.integers(1, 3 * START_BLOCK_ROWS), world_size=st.integers(1, 9), seed=st.integers(0, 2**63 - 1)
-)
+@given(num_rows=st.integers(1, 3 * START_BLOCK_ROWS), world_size=st.integers(1, 9), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=20, deadline=None)
 def test_starting_rows_do_not_depend_on_how_they_are_sharded(num_rows, world_size, seed):
     bounds = shard_bounds(num_rows, world_size)
     assert bounds[0] == 0
     assert bounds[-1] == num_rows
     assert np.diff(bounds).max() - np.diff(bounds).min() <= 1
-    parts = [start_rows(num_rows, 2, seed, int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [start_rows(num_rows, 2, seed, int(a), int(b)) for a, b in pairwise(bounds)]
     assert torch.equal(torch.cat(parts), start_rows(num_rows, 2, seed, 0, num_rows))
 
 
