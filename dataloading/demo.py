@@ -6,6 +6,10 @@ is on purpose. Whatever is constant within an image and differs between images i
 first; here the class is nearly all that is left. What stays, and what the augmentation of a recipe should vary: the
 scale (random crops), the direction of light and background (flips, rotations), the background's hue (hue, grayscale).
 
+Measured with seed 0, kNN on the test split (chance 10 %): raw pixels 14.4 % (k = 20) and 13.9 % (k = 200), colour
+histograms 11.7 %, mean colours 12.0 %, sorted luma 20.0 %. A ResNet-18 of width 16 trained with labels for
+10 epochs: 99.3 %.
+
 Shapes: N rows asked for, B images of one class, T = 25 cells of the table, H = W pixels of a side, C = 3 colours.
 """
 
