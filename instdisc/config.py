@@ -75,8 +75,14 @@ class ModelConfig:
     """"imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pooling); ResNets only."""
     feature_dim: int = 128
     """D, length of the feature (arXiv 1805.01978: 128)."""
+    head: str = "linear"
+    """"linear" (the paper's) or "linear-norm": BatchNorm without affine parameters after it, which takes the part away
+    that all features share. A young network's features are nearly all alike; without that part its bank is worth
+    comparing with from the first epoch on."""
     width: int = 16
     """Channels of the first stage of "resnet-small"."""
+    stem_stride: int = 1
+    """Stride of the 3x3 stem of "resnet-small"; 2 makes it four times cheaper."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Basic blocks per stage of "resnet-small"; channels double from stage to stage."""
 
@@ -86,8 +92,10 @@ class ModelConfig:
             "model",
             ("architecture", self.architecture, self.architecture in ARCHITECTURES, known),
             ("stem", self.stem, self.stem in ("imagenet", "cifar"), "imagenet or cifar"),
+            ("head", self.head, self.head in ("linear", "linear-norm"), "linear or linear-norm"),
             ("feature_dim", self.feature_dim, self.feature_dim >= 2, "at least 2"),
             ("width", self.width, self.width >= 1, "at least 1"),
+            ("stem_stride", self.stem_stride, self.stem_stride in (1, 2), "1 or 2"),
             ("blocks", self.blocks, bool(self.blocks) and min(self.blocks) >= 1, "at least one block in each stage"),
         )
 

@@ -8,6 +8,8 @@ Shapes: B images, C channels, H height, W width, D feature numbers.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -32,10 +34,10 @@ class Encoder(nn.Module):
 class SmallResNet(nn.Module):
     """A basic-block ResNet with a 3x3 stem for small images on CPUs; channels double from stage to stage."""
 
-    def __init__(self, width: int, blocks: tuple[int, ...], feature_dim: int) -> None:
+    def __init__(self, width: int, blocks: tuple[int, ...], stem_stride: int, feature_dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
@@ -62,12 +64,15 @@ def build_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
     """Return the encoder with weights drawn from `seed` alone; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(words(seed, 0, purpose=Purpose.WEIGHTS, num=1)[0] >> 1))
-        return Encoder(_trunk(config))
+        trunk = _trunk(config)
+        if config.head == "linear-norm":
+            trunk = nn.Sequential(OrderedDict(trunk=trunk, norm=nn.BatchNorm1d(config.feature_dim, affine=False)))
+        return Encoder(trunk)
 
 
 def _trunk(config: ModelConfig) -> nn.Module:
     if config.architecture == "resnet-small":
-        return SmallResNet(config.width, config.blocks, config.feature_dim)
+        return SmallResNet(config.width, config.blocks, config.stem_stride, config.feature_dim)
     # torchvision's own last layer has as many outputs as there are "classes": here the feature's numbers.
     build = getattr(torchvision.models, config.architecture)
     trunk = build(weights=None, num_classes=config.feature_dim)
