@@ -32,7 +32,7 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "num_gpus": torch.cuda.device_count() if has_gpu else 0,
         "load_average": list(os.getloadavg()),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES} | {"torch": str(torch.__version__)},  # with its CUDA
         "commit": commit(Path(__file__).parent),
