@@ -15,8 +15,12 @@ from typing import Any
 from dataloading.augment import AugmentConfig
 from instdisc.overrides import apply_overrides, from_plain
 
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16", "resnet-small")
+ARCHITECTURES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16"),
+    *("resnet-small", "convnet-small"),
+)
 OBJECTIVES = ("softmax", "nce", "infonce")
+HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "memory", "dali", "torch")
@@ -70,7 +74,8 @@ class ModelConfig:
     """The encoder: image to a unit vector."""
 
     architecture: str = "resnet18"
-    """One of `ARCHITECTURES`; "resnet-small" is a basic-block ResNet of `width` and `blocks` for CPUs."""
+    """One of `ARCHITECTURES`; for CPUs "resnet-small", a basic-block ResNet of `width` and `blocks`, and
+    "convnet-small", four convolutions that start at `width` channels."""
     stem: str = "imagenet"
     """"imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pooling); ResNets only."""
     feature_dim: int = 128
@@ -80,9 +85,7 @@ class ModelConfig:
     that all features share. A young network's features are nearly all alike; without that part its bank is worth
     comparing with from the first epoch on."""
     width: int = 16
-    """Channels of the first stage of "resnet-small"."""
-    stem_stride: int = 1
-    """Stride of the 3x3 stem of "resnet-small"; 2 makes it four times cheaper."""
+    """Channels of the first stage of "resnet-small" and of "convnet-small"."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Basic blocks per stage of "resnet-small"; channels double from stage to stage."""
 
@@ -92,10 +95,9 @@ class ModelConfig:
             "model",
             ("architecture", self.architecture, self.architecture in ARCHITECTURES, known),
             ("stem", self.stem, self.stem in ("imagenet", "cifar"), "imagenet or cifar"),
-            ("head", self.head, self.head in ("linear", "linear-norm"), "linear or linear-norm"),
+            ("head", self.head, self.head in HEADS, f"one of {', '.join(HEADS)}"),
             ("feature_dim", self.feature_dim, self.feature_dim >= 2, "at least 2"),
             ("width", self.width, self.width >= 1, "at least 1"),
-            ("stem_stride", self.stem_stride, self.stem_stride in (1, 2), "1 or 2"),
             ("blocks", self.blocks, bool(self.blocks) and min(self.blocks) >= 1, "at least one block in each stage"),
         )
 
@@ -189,6 +191,12 @@ class OptimConfig:
             ("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "more than 0"),
             ("global_batch", self.global_batch, self.global_batch >= 2, "at least 2"),
             ("norm_group", self.norm_group, self.norm_group is None or self.norm_group >= 2, "at least 2, or none"),
+            (
+                "norm_group",
+                self.norm_group,
+                self.norm_group is None or self.global_batch % self.norm_group != 1,
+                f"one that does not leave a last group of one of {self.global_batch} images: it has no variance",
+            ),
             ("lr", self.lr, self.lr > 0, "more than 0"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1"),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),

@@ -56,7 +56,11 @@ def with_norm_group(config: TrainConfig, workers: int, place: Run) -> TrainConfi
     """Return the configuration with its normalisation group decided, if this is the run's first start."""
     if config.optim.norm_group is not None or place.config() is not None:
         return config
-    return config.with_overrides({"optim.norm_group": max(2, -(-config.optim.global_batch // workers))})
+    batch = config.optim.global_batch
+    group = max(2, -(-batch // workers))
+    while batch % group == 1:
+        group += 1
+    return config.with_overrides({"optim.norm_group": group})
 
 
 def _launch(

@@ -34,10 +34,10 @@ class Encoder(nn.Module):
 class SmallResNet(nn.Module):
     """A basic-block ResNet with a 3x3 stem for small images on CPUs; channels double from stage to stage."""
 
-    def __init__(self, width: int, blocks: tuple[int, ...], stem_stride: int, feature_dim: int) -> None:
+    def __init__(self, width: int, blocks: tuple[int, ...], feature_dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [
-            nn.Conv2d(3, width, 3, stem_stride, padding=1, bias=False),
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
         ]
@@ -60,19 +60,49 @@ class SmallResNet(nn.Module):
         return self.fc(self.features(images_BCHW).mean(dim=(2, 3)))
 
 
+class SmallConvNet(nn.Module):
+    """Four convolutions with BatchNorm: what learns most in a minute of a CPU from images of 32 pixels.
+
+    A 5x5 convolution of stride 2, then three of 3x3 with pooling between them, whose channels double.
+    """
+
+    def __init__(self, width: int, feature_dim: int) -> None:
+        super().__init__()
+
+        def stage(channels: int, out: int, side: int, stride: int) -> list[nn.Module]:
+            convolution = nn.Conv2d(channels, out, side, stride, padding=side // 2, bias=False)
+            return [convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+
+        self.features = nn.Sequential(
+            *stage(3, width, 5, 2),
+            *stage(width, 2 * width, 3, 1),
+            nn.MaxPool2d(2),
+            *stage(2 * width, 4 * width, 3, 1),
+            nn.MaxPool2d(2),
+            *stage(4 * width, 8 * width, 3, 1),
+        )
+        self.fc = nn.Linear(8 * width, feature_dim)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.fc(self.features(images_BCHW).mean(dim=(2, 3)))
+
+
 def build_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
     """Return the encoder with weights drawn from `seed` alone; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(words(seed, 0, purpose=Purpose.WEIGHTS, num=1)[0] >> 1))
         trunk = _trunk(config)
-        if config.head == "linear-norm":
-            trunk = nn.Sequential(OrderedDict(trunk=trunk, norm=nn.BatchNorm1d(config.feature_dim, affine=False)))
+        if config.head != "linear":
+            norm = nn.BatchNorm1d(config.feature_dim, affine=False)
+            trunk = nn.Sequential(OrderedDict(trunk=trunk, norm=norm))
         return Encoder(trunk)
 
 
 def _trunk(config: ModelConfig) -> nn.Module:
     if config.architecture == "resnet-small":
-        return SmallResNet(config.width, config.blocks, config.stem_stride, config.feature_dim)
+        return SmallResNet(config.width, config.blocks, config.feature_dim)
+    if config.architecture == "convnet-small":
+        return SmallConvNet(config.width, config.feature_dim)
     # torchvision's own last layer has as many outputs as there are "classes": here the feature's numbers.
     build = getattr(torchvision.models, config.architecture)
     trunk = build(weights=None, num_classes=config.feature_dim)

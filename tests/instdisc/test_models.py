@@ -19,6 +19,7 @@ from instdisc.train.batch_norm import GroupedBatchNorm
         ("resnet50", "imagenet", 64),
         ("alexnet", "imagenet", 64),
         ("resnet-small", "cifar", 32),
+        ("convnet-small", "cifar", 32),
     ],
 )
 def test_an_encoder_gives_unit_features_of_the_length_asked_for(architecture, stem, side):

@@ -1,0 +1,218 @@
+"""The command line: what a person meets, mistakes included. Training here is in this process or in local processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_data import write_cifar10
+
+import instdisc
+from instdisc.cli.main import main
+from instdisc.runs import Run
+
+TINY = [
+    *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
+    *("--optim.global_batch", "16", "--eval.k", "5", "--system.log_every", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_cifar10(tmp_path_factory.mktemp("commands") / "data", 96, 20)
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A finished run of two epochs, trained in this process."""
+    uri = str(tmp_path_factory.mktemp("commands") / "run")
+    assert train(root, uri) == 0
+    return uri
+
+
+def train(root, uri, *more):
+    arguments = ["--workers", "0", "--data.root", str(root), "--optim.epochs", "2", *TINY]
+    return main(["train", "cifar10-cpu", "--run", uri, *arguments, *more])
+
+
+def test_a_finished_run_says_so_at_once(root, finished, capsys):
+    assert train(root, finished) == 0
+    printed = capsys.readouterr().out
+    assert "This run is finished: 12 steps" in printed
+    assert "kNN, images re-encoded" in printed
+
+
+def test_the_result_as_json_is_one_document(root, finished, capsys):
+    assert train(root, finished, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["finished"]
+    assert document["metrics"]["knn_top1"][-1][0] == 12
+
+
+def test_a_run_holds_its_configuration_events_results_and_picture(finished):
+    run = Run(finished)
+    config = run.config()
+    assert config is not None
+    assert config.optim.norm_group == 16
+    assert run.index().num_rows == 96
+    with Image.open(f"{finished}/neighbours.png") as picture:
+        assert min(picture.size) > 200
+    assert any(name.startswith("events.") for name in os.listdir(f"{finished}/tensorboard"))
+
+
+def test_show_tells_what_a_run_is(finished, capsys):
+    assert main(["show", finished]) == 0
+    assert "recipe cifar10-cpu, finished, step 12" in capsys.readouterr().out
+    assert main(["show", finished, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 12
+
+
+def test_knn_of_a_run_is_the_one_measured_at_its_end(finished, capsys):
+    assert main(["knn", finished, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    result = Run(finished).result()
+    assert result is not None
+    for name in ("knn_top1", "knn_bank_top1"):
+        assert document[name] == pytest.approx(result.metrics[name][-1][1], abs=1e-6)
+
+
+def test_embed_writes_unit_features_in_row_order(finished, tmp_path, capsys):
+    out = tmp_path / "features.npy"
+    assert main(["embed", finished, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_rows"] == 96
+    features_ND = np.load(out, allow_pickle=False)
+    assert features_ND.shape == (96, 16)
+    np.testing.assert_allclose(np.linalg.norm(features_ND, axis=1), 1, rtol=1e-5)
+
+
+def test_the_python_interface_loads_encoder_and_bank(finished, root):
+    encoder, bank = instdisc.load_encoder(finished), instdisc.load_bank(finished)
+    pixels_NHWC = np.frombuffer((root / "cifar-10-batches-bin" / "test_batch.bin").read_bytes(), np.uint8)
+    image = Image.fromarray(pixels_NHWC.reshape(20, 3073)[0, 1:].reshape(3, 32, 32).transpose(1, 2, 0))
+    with torch.no_grad():
+        features_BD = encoder(encoder.preprocess(image)[None])
+    assert not encoder.training
+    scores_BK, indices_BK = bank.nearest(features_BD, k=3)
+    assert scores_BK.shape == indices_BK.shape == (1, 3)
+    torch.testing.assert_close(bank.rows_ND.norm(dim=1), torch.ones(96))
+    assert (bank.last_step_N >= 6).all()
+
+
+def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (200, 150)).save(tmp_path / name)
+    (tmp_path / "b" / "4.jpg").write_bytes(b"not an image")
+    assert main(["index", str(tmp_path), "--json", "--out", str(tmp_path / "index.parquet")]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["num_rows"] == 4
+    assert document["num_bad"] == 1
+    assert document["classes"] == ["a", "b"]
+    assert "b/4.jpg" in next(iter(document["bad"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "quikstart"], "did you mean quickstart"),
+        (["train", "--objective.temprature", "0.1"], "did you mean objective.temperature"),
+        (["train", "--objective.temperature", "warm"], "expected a number"),
+        (["train", "--optim.lr"], "no value after it"),
+        (["train", "--workers", "-3"], "workers: found -3"),
+        (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["show", "/nowhere/run"], "no run at /nowhere/run"),
+        (["index", "/nowhere/images"], "/nowhere/images"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback_and_exits_with_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workers = ["--workers", "0"] if arguments[0] == "train" and "--workers" not in arguments else []
+    assert main([*arguments, *workers]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_an_empty_folder_is_told(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    uri = str(tmp_path / "run")
+    assert main(["train", "cifar10-cpu", "--workers", "0", "--run", uri, "--data.root", str(tmp_path / "empty")]) == 2
+    assert "no images in" in capsys.readouterr().err
+
+
+def test_another_configuration_is_refused_with_the_difference(root, finished, capsys):
+    before = Run(finished).result()
+    assert train(root, finished, "--objective.temperature", "0.2") == 2
+    printed = capsys.readouterr().err
+    assert "objective.temperature: the run has 0.1, asked for 0.2" in printed
+    assert Run(finished).result() == before
+
+
+def test_a_run_whose_images_changed_is_refused_with_what_differs(tmp_path, capsys):
+    root = write_cifar10(tmp_path / "data", 96, 20)
+    uri = str(tmp_path / "run")
+    assert train(root, uri) == 0
+    (tmp_path / "run" / "results.json").unlink()
+    batch = root / "cifar-10-batches-bin" / "data_batch_1.bin"
+    batch.write_bytes(batch.read_bytes() + bytes(3073))
+    assert train(root, uri) == 2
+    printed = capsys.readouterr().err
+    assert "was started on other images" in printed
+    assert "97" in printed
+
+
+def test_a_run_that_cannot_be_written_is_told(root, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert train(root, str(tmp_path / "file" / "run")) == 2
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "file") in printed
+    assert "Traceback" not in printed
+
+
+def test_features_that_are_not_finite_stop_the_run_before_anything_of_them_is_saved(root, tmp_path, capsys):
+    uri = str(tmp_path / "run")
+    assert train(root, uri, "--optim.lr", "1e30", "--checkpoint.every_steps", "1") == 1
+    printed = capsys.readouterr().err
+    assert "rank 0" in printed
+    assert "not finite" in printed
+    assert Run(uri).result() is None
+    from cluster.checkpoint import read_latest
+
+    checkpoint = read_latest(Run(uri).checkpoints())
+    assert checkpoint is None or all(t.isfinite().all() for t in checkpoint.tensors().values())
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(root, tmp_path):
+    uri = str(tmp_path / "run")
+    command = [
+        *(sys.executable, "-m", "instdisc.cli.main", "train", "cifar10-cpu", "--run", uri, "--launcher", "local"),
+        *("--workers", "2", "--data.root", str(root), "--optim.epochs", "200", *TINY, "--eval.every_epochs", "0"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "a checkpoint is saved. Go on with" in out
+    bank = instdisc.load_bank(uri)
+    stopped_at = int(bank.last_step_N.max()) + 1
+    assert f"Stopped at step {stopped_at:,} of 1,200" in out
+
+
+def test_unknown_options_of_other_commands_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["doctor", "--objective.temperature", "1"])
+    assert exit.value.code == 2
+    assert "unknown arguments" in capsys.readouterr().err
