@@ -36,10 +36,13 @@ def config_for(objective: str, root: str, steps: int = STEPS, norm_group: int = 
         **{
             "data.root": root,
             "data.max_rows": None,
+            "model.architecture": "resnet-small",
+            "model.head": "linear",
             "model.width": 8,
             "model.blocks": (1, 1),
             "model.feature_dim": 16,
             "objective.name": objective,
+            "objective.temperature": 0.1,
             "objective.num_negatives": 150,
             "objective.z": "ema",
             "objective.proximal_weight": 0.1,
