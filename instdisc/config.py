@@ -21,6 +21,7 @@ ARCHITECTURES = (
 )
 OBJECTIVES = ("softmax", "nce", "infonce")
 HEADS = ("linear", "linear-norm")
+MIN_CHANNELS_LAST = 8
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "memory", "dali", "torch")
@@ -88,6 +89,11 @@ class ModelConfig:
     """Channels of the first stage of "resnet-small" and of "convnet-small"."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Basic blocks per stage of "resnet-small"; channels double from stage to stage."""
+
+    @property
+    def min_channels(self) -> int:
+        """Channels of the narrowest layer."""
+        return self.width if self.architecture in ("resnet-small", "convnet-small") else 64
 
     def __post_init__(self) -> None:
         known = f"one of {', '.join(ARCHITECTURES)}"
@@ -268,7 +274,7 @@ class SystemConfig:
     precision: str = "auto"
     """"float32", "bfloat16" (autocast) or "auto": bfloat16 on GPUs that have it, float32 elsewhere."""
     channels_last: str = "auto"
-    """"on", "off" or "auto": on for GPUs."""
+    """"on", "off" or "auto": on wherever the network has at least 8 channels, which torch needs on CPUs."""
     log_every: int = 20
     """Steps between reads of the metrics (the only moments at which the host waits for the device)."""
     tensorboard: bool = True
@@ -310,6 +316,12 @@ class TrainConfig:
         _check(
             "config",
             ("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
+            (
+                "system.channels_last",
+                self.system.channels_last,
+                self.system.channels_last != "on" or self.model.min_channels >= MIN_CHANNELS_LAST,
+                f"auto or off with fewer than {MIN_CHANNELS_LAST} channels: torch's backward pass would end the process",
+            ),
             (
                 "augment.num_views",
                 self.augment.num_views,

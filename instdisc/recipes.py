@@ -62,8 +62,8 @@ def quickstart() -> TrainConfig:
         ),
         model=ModelConfig(architecture="convnet-small", width=24, head="linear-norm"),
         objective=ObjectiveConfig(name="softmax", temperature=0.2),
-        optim=OptimConfig(epochs=32, global_batch=128, lr=0.012, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
-        eval=EvalConfig(every_epochs=8, baselines=True, k=50, resize=32, crop=32),
+        optim=OptimConfig(epochs=30, global_batch=128, lr=0.012, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
+        eval=EvalConfig(every_epochs=10, baselines=True, k=50, resize=32, crop=32),
         checkpoint=CheckpointConfig(every_minutes=0.5),
         system=SystemConfig(log_every=10),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any
 
@@ -23,8 +22,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, telling what happens on standard error, and print the results on standard output."""
-    # Threads of OpenMP that spin while they wait take the cores from a rival's data workers: both sides get the same.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     document = options.measure(options)
     if options.json:
         print(json.dumps(document, indent=1))

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and not options.takes_overrides:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     options.overrides = rest
+    # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return options.run(options)
     except KeyboardInterrupt:
