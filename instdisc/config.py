@@ -320,7 +320,7 @@ class TrainConfig:
                 "system.channels_last",
                 self.system.channels_last,
                 self.system.channels_last != "on" or self.model.min_channels >= MIN_CHANNELS_LAST,
-                f"auto or off with fewer than {MIN_CHANNELS_LAST} channels: torch's backward pass would end the process",
+                f"auto or off with fewer than {MIN_CHANNELS_LAST} channels: torch's backward pass dies",
             ),
             (
                 "augment.num_views",

@@ -26,6 +26,9 @@ TINY = {
     "model.feature_dim": "8",
     "optim.global_batch": "8",
     "objective.num_negatives": "16",
+    # The plain loop has no schedule.
+    "optim.schedule": "constant",
+    "optim.warmup_epochs": "0",
     "objective.z": "ema",
 }
 
