@@ -41,7 +41,7 @@ def quickstart() -> TrainConfig:
     """The embedded demo images and a small convolutional net with the exact softmax: the whole product in minutes.
 
     Command: `instdisc train`. Hardware and time: two CPU cores, at most three minutes with the start of Ray. Expected:
-    QUICKSTART_FIGURES
+    46.6 % kNN (k=50, images re-encoded; raw pixels 14.8 %, untrained encoder 16.4 %; one seed, 2 min 41 s).
     Source: our own. Three things differ from the paper's recipes, each measured on this data: the head's output is
     normalised ("linear-norm"; without it 17 % after 10 epochs instead of 37 %), the learning rate is low, because the
     bank's rows are an epoch old and a fast network leaves them behind (0.06 instead of 0.01: 24 % instead of 35 %),
@@ -65,7 +65,7 @@ def quickstart() -> TrainConfig:
         optim=OptimConfig(epochs=30, global_batch=128, lr=0.012, weight_decay=5e-4, schedule="cosine", warmup_epochs=1),
         eval=EvalConfig(every_epochs=10, baselines=True, k=50, resize=32, crop=32),
         checkpoint=CheckpointConfig(every_minutes=0.5),
-        system=SystemConfig(log_every=10),
+        system=SystemConfig(log_every=10, channels_last="on"),
     )
 
 

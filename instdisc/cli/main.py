@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from instdisc import __version__
+from instdisc.cli.overrides import split_overrides
 
 # In the order of `--help`. Modules load when their command is parsed; none of them imports torch before it runs.
 COMMANDS = ("train", "show", "index", "embed", "knn", "bench", "doctor")
@@ -19,10 +20,11 @@ USER_ERROR, INTERRUPTED, FAILED = 2, 130, 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.takes_overrides:
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    options.overrides = rest
+    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(rest)
+    if overrides and not options.takes_overrides:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    options.overrides = overrides
     # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.checkpoint import Checkpoint, RowTable
 from cluster.collectives import Group
 from cluster.worker import Worker
-from instdisc.config import MIN_CHANNELS_LAST, TrainConfig
+from instdisc.config import TrainConfig
 from instdisc.memory_bank import DTYPES, ShardedMemoryBank
 from instdisc.models import Encoder, build_encoder
 from instdisc.objectives.normalizer import Normalizer
@@ -141,10 +141,8 @@ def wrap(encoder: Encoder, worker: Worker) -> nn.Module:
 
 def use_channels_last(config: TrainConfig, device: torch.device) -> bool:
     """Return whether images and weights are kept with channels last."""
-    if config.system.channels_last != "auto":
-        return config.system.channels_last == "on"
-    # On CPUs a quarter faster (measured, torch 2.15), but its backward pass dies with fewer than 8 channels.
-    return device.type == "cuda" or config.model.min_channels >= MIN_CHANNELS_LAST
+    wanted = config.system.channels_last
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda")
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -150,9 +150,9 @@ def test_an_empty_folder_is_told(tmp_path, capsys):
 
 def test_another_configuration_is_refused_with_the_difference(root, finished, capsys):
     before = Run(finished).result()
-    assert train(root, finished, "--objective.temperature", "0.2") == 2
+    assert train(root, finished, "--objective.temperature", "0.3") == 2
     printed = capsys.readouterr().err
-    assert "objective.temperature: the run has 0.1, asked for 0.2" in printed
+    assert "objective.temperature: the run has 0.2, asked for 0.3" in printed
     assert Run(finished).result() == before
 
 
