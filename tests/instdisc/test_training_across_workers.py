@@ -25,7 +25,7 @@ WORKERS = (2, 3, 4)
 # Sums over ranks are taken in another order, so the last bits differ, and where such a bit moves an activation across a
 # ReLU's corner a gradient jumps. Greatest difference over the greatest value of a tensor, as measured over W and all
 # objectives: after 4 steps mostly 2e-6 (weights, buffers), 4e-6 (momenta), 3e-7 (rows); a jump has been seen
-# (1e-4, 5e-3, 1e-5); after 20 steps up to 7e-3, 7e-2 and 6e-4. A wrong weight of one group changes momenta by a tenth.
+# (1e-4, 5e-3, 1e-5); after 20 steps up to 7e-3, 7e-2 and 6e-4.
 TOLERANCES = {4: (1e-3, 2e-2, 1e-4), 20: (2e-2, 2e-1, 2e-3)}
 STEPS = 20
 
