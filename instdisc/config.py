@@ -1,298 +1,31 @@
-"""The configuration of a run: frozen dataclasses, checked at construction, stored as JSON with the run.
+"""The configuration of a run: sections of `config_sections`, stored as JSON with the run.
 
-This module imports neither torch nor Ray, so that commands which only look at a run answer at once.
+Neither of the two imports torch or Ray, so that commands which only look at a run answer at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dataloading.augment import AugmentConfig
+from instdisc.config_sections import (
+    BankConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    SystemConfig,
+    check,
+)
 from instdisc.overrides import apply_overrides, from_plain
 
-ARCHITECTURES = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16"),
-    *("resnet-small", "convnet-small"),
-)
-OBJECTIVES = ("softmax", "nce", "infonce")
-HEADS = ("linear", "linear-norm")
 MIN_CHANNELS_LAST = 8
-SCHEDULES = ("constant", "step", "cosine")
-BANK_DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "memory", "dali", "torch")
-SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
-
-
-class ConfigError(ValueError):
-    """A value of the configuration that cannot be: names the field, what was found and what is expected."""
-
-
-def _check(section: str, *checks: tuple[str, Any, bool, str]) -> None:
-    for name, found, good, expected in checks:
-        if not good:
-            raise ConfigError(f"{section}.{name}: found {found!r}, expected {expected}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images are."""
-
-    kind: str = "auto"
-    """One of `SOURCE_KINDS`; "auto" recognises a folder of images, CIFAR's binary files and parquet files."""
-    root: str | None = None
-    """Folder that holds the data; not used by the embedded demo data."""
-    train_split: str = "train"
-    """Split that is trained on and that the gallery of kNN is made of."""
-    test_split: str = "test"
-    """Split whose images are the queries of kNN."""
-    max_rows: int | None = None
-    """Train on the first so many images only."""
-    max_test_rows: int | None = None
-    """Query with the first so many test images only."""
-    backend: str = "auto"
-    """"dali", "torch" (torchvision reference) or "auto": DALI for encoded images, batched torch for small ones."""
-    order: str = "permutation"
-    """Kind of order of an epoch; fixed at a run's first start."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "data",
-            ("kind", self.kind, self.kind in SOURCE_KINDS, f"one of {', '.join(SOURCE_KINDS)}"),
-            ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            ("order", self.order, self.order == "permutation", "permutation"),
-            ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),
-            ("max_test_rows", self.max_test_rows, self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The encoder: image to a unit vector."""
-
-    architecture: str = "resnet18"
-    """One of `ARCHITECTURES`; for CPUs "resnet-small", a basic-block ResNet of `width` and `blocks`, and
-    "convnet-small", four convolutions that start at `width` channels."""
-    stem: str = "imagenet"
-    """"imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no pooling); ResNets only."""
-    feature_dim: int = 128
-    """D, length of the feature (arXiv 1805.01978: 128)."""
-    head: str = "linear"
-    """"linear" (the paper's) or "linear-norm": BatchNorm without affine parameters after it, which takes the part away
-    that all features share. A young network's features are nearly all alike; without that part its bank is worth
-    comparing with from the first epoch on."""
-    width: int = 16
-    """Channels of the first stage of "resnet-small" and of "convnet-small"."""
-    blocks: tuple[int, ...] = (2, 2, 2, 2)
-    """Basic blocks per stage of "resnet-small"; channels double from stage to stage."""
-
-    @property
-    def min_channels(self) -> int:
-        """Channels of the narrowest layer."""
-        return self.width if self.architecture in ("resnet-small", "convnet-small") else 64
-
-    def __post_init__(self) -> None:
-        known = f"one of {', '.join(ARCHITECTURES)}"
-        _check(
-            "model",
-            ("architecture", self.architecture, self.architecture in ARCHITECTURES, known),
-            ("stem", self.stem, self.stem in ("imagenet", "cifar"), "imagenet or cifar"),
-            ("head", self.head, self.head in HEADS, f"one of {', '.join(HEADS)}"),
-            ("feature_dim", self.feature_dim, self.feature_dim >= 2, "at least 2"),
-            ("width", self.width, self.width >= 1, "at least 1"),
-            ("blocks", self.blocks, bool(self.blocks) and min(self.blocks) >= 1, "at least one block in each stage"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BankConfig:
-    """The memory bank."""
-
-    momentum: float = 0.5
-    """Weight of the OLD row in an update (released code of the paper: 0.5)."""
-    dtype: str = "float32"
-    """Storage: one of `BANK_DTYPES`; arithmetic is float32."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "bank",
-            ("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("dtype", self.dtype, self.dtype in BANK_DTYPES, f"one of {', '.join(BANK_DTYPES)}"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The loss."""
-
-    name: str = "nce"
-    """"softmax" (exact over all N), "nce" or "infonce"."""
-    temperature: float = 0.07
-    """τ (arXiv 1805.01978: 0.07 for ImageNet; its repository: 0.1 for CIFAR)."""
-    num_negatives: int = 4096
-    """K = m, negatives per step, shared by the batch (arXiv 1805.01978: 4096); not used by softmax."""
-    z: str = "constant"
-    """Normaliser of NCE: "constant" (first batch, as in the paper) or "ema", a running mean of the batches' estimates,
-    which data sets of fewer than about a million images need (with the constant the loss grows without end)."""
-    z_decay: float = 0.99
-    """Decay of the running estimate of Z (github.com/HobbitLong/CMC/issues/23)."""
-    proximal_weight: float = 0.0
-    """λ of the proximal term |v - v_old|^2 (arXiv 1805.01978, equation 9); the released code leaves it out."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "objective",
-            ("name", self.name, self.name in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
-            ("temperature", self.temperature, 0.01 <= self.temperature <= 10, "0.01 to 10"),
-            (
-                "temperature",
-                self.temperature,
-                self.name != "softmax" or self.temperature >= 0.025,
-                "at least 0.025 for softmax, whose sums are float32",
-            ),
-            ("num_negatives", self.num_negatives, self.num_negatives >= 1, "at least 1"),
-            ("z", self.z, self.z in ("constant", "ema"), "constant or ema"),
-            ("z_decay", self.z_decay, 0 <= self.z_decay < 1, "0 <= z_decay < 1"),
-            ("proximal_weight", self.proximal_weight, self.proximal_weight >= 0, "at least 0"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """SGD, its schedule, and the batch."""
-
-    epochs: float = 200
-    """Passes over the training images."""
-    global_batch: int = 256
-    """G, images per step over all workers; constant whatever the number of workers."""
-    norm_group: int | None = None
-    """Consecutive positions of the global batch that share BatchNorm statistics; None: G / the largest number of
-    workers of the first start, rounded up. Fixed from then on, so that training does not depend on the workers."""
-    lr: float = 0.03
-    """Learning rate for the global batch as configured (not scaled by it)."""
-    momentum: float = 0.9
-    """Momentum of SGD."""
-    weight_decay: float = 1e-4
-    """L2 penalty on all weights."""
-    nesterov: bool = False
-    """Nesterov momentum."""
-    schedule: str = "step"
-    """"constant", "step" (times `gamma` at each of `milestones`) or "cosine" (to `final_lr`)."""
-    milestones: tuple[float, ...] = (120.0, 160.0)
-    """Epochs at which the step schedule falls."""
-    gamma: float = 0.1
-    """Factor of the step schedule."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up from 0."""
-    final_lr: float = 0.0
-    """Learning rate at the end of the cosine schedule."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "optim",
-            ("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "more than 0"),
-            ("global_batch", self.global_batch, self.global_batch >= 2, "at least 2"),
-            ("norm_group", self.norm_group, self.norm_group is None or self.norm_group >= 2, "at least 2, or none"),
-            (
-                "norm_group",
-                self.norm_group,
-                self.norm_group is None or self.global_batch % self.norm_group != 1,
-                f"one that does not leave a last group of one of {self.global_batch} images: it has no variance",
-            ),
-            ("lr", self.lr, self.lr > 0, "more than 0"),
-            ("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0"),
-            ("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("nesterov", self.nesterov, not self.nesterov or self.momentum > 0, "false where momentum is 0"),
-            ("warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "at least 0"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Weighted kNN (arXiv 1805.01978, section 3.4) during training."""
-
-    every_epochs: float = 10
-    """Evaluate every so many epochs, and at the end; 0: only at the end."""
-    baselines: bool = False
-    """Evaluate raw pixels and the untrained encoder as well, before the first step."""
-    k: int = 200
-    """Neighbours that vote."""
-    temperature: float = 0.1
-    """τ of the votes' weights exp(s/τ)."""
-    resize: int = 256
-    """Shorter side after resizing, before the centre crop."""
-    crop: int = 224
-    """Side of the centre crop."""
-    batch: int = 128
-    """Images per forward pass."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "eval",
-            ("every_epochs", self.every_epochs, self.every_epochs >= 0, "at least 0"),
-            ("k", self.k, self.k >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature > 0, "more than 0"),
-            ("crop", self.crop, 1 <= self.crop <= self.resize, "1 to eval.resize"),
-            ("batch", self.batch, self.batch >= 1, "at least 1"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When to save."""
-
-    every_steps: int | None = None
-    """Save every so many steps."""
-    every_minutes: float | None = 10.0
-    """Save when so many minutes have passed since the last save."""
-    keep_last: int = 3
-    """Checkpoints that are kept."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "checkpoint",
-            ("every_steps", self.every_steps, self.every_steps is None or self.every_steps >= 1, "at least 1, or none"),
-            (
-                "every_minutes",
-                self.every_minutes,
-                self.every_minutes is None or self.every_minutes > 0,
-                "more than 0, or none",
-            ),
-            ("keep_last", self.keep_last, self.keep_last >= 1, "at least 1"),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SystemConfig:
-    """How it runs on the machine; nothing here is part of the method."""
-
-    precision: str = "auto"
-    """"float32", "bfloat16" (autocast) or "auto": bfloat16 on GPUs that have it, float32 elsewhere."""
-    channels_last: str = "auto"
-    """"on", "off" or "auto": on for GPUs. On CPUs it is a quarter faster, but sums in an order that depends on the
-    threads, so that runs on different numbers of workers agree to fewer digits."""
-    log_every: int = 20
-    """Steps between reads of the metrics (the only moments at which the host waits for the device)."""
-    tensorboard: bool = True
-    """Write TensorBoard events into the run."""
-
-    def __post_init__(self) -> None:
-        _check(
-            "system",
-            (
-                "precision",
-                self.precision,
-                self.precision in ("auto", "float32", "bfloat16"),
-                "auto, float32 or bfloat16",
-            ),
-            ("channels_last", self.channels_last, self.channels_last in ("auto", "on", "off"), "auto, on or off"),
-            ("log_every", self.log_every, self.log_every >= 1, "at least 1"),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +47,7 @@ class TrainConfig:
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             "config",
             ("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
             (

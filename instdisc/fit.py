@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from instdisc.config import ConfigError, TrainConfig
+from instdisc.config import TrainConfig
+from instdisc.config_sections import ConfigError
 from instdisc.runs import Run, RunResult, read_curves
 
 if TYPE_CHECKING:

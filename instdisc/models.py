@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from dataloading.philox import Purpose, words
-from instdisc.config import ModelConfig
+from instdisc.config_sections import ModelConfig
 
 
 class Encoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def _read_all(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, A
 def _read(value: Any, annotation: Any, name: str) -> Any:
     try:
         return _convert(value, annotation)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise OverrideError(f"{name}: found {value!r}, expected {_described(annotation)}") from None
 
 
@@ -117,9 +118,10 @@ def _convert(value: Any, annotation: Any) -> Any:
             raise ValueError
         return int(value) if isinstance(value, str) and value.strip().lstrip("+-").isdigit() else int(number)
     if annotation is float:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise ValueError
+        return number
     if annotation is str:
         if not isinstance(value, str):
             raise TypeError
@@ -135,6 +137,6 @@ def _described(annotation: Any) -> str:
         if inner[-1] is Ellipsis:
             return f"a comma-separated list, each {_described(inner[0])}"
         return f"{len(inner)} comma-separated values, each {_described(inner[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+    return {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}.get(
         annotation, str(annotation)
     )

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from dataloading.augment import AugmentConfig
-from instdisc.config import (
+from instdisc.config import TrainConfig
+from instdisc.config_sections import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -19,7 +20,6 @@ from instdisc.config import (
     ObjectiveConfig,
     OptimConfig,
     SystemConfig,
-    TrainConfig,
 )
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)

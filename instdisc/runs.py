@@ -22,7 +22,8 @@ from typing import Any
 
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
-from instdisc.config import ConfigError, TrainConfig, resume_differences
+from instdisc.config import TrainConfig, resume_differences
+from instdisc.config_sections import ConfigError
 
 CONFIG = "config.json"
 INDEX = "dataset/index.parquet"

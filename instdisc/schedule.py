@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from instdisc.config import OptimConfig
+from instdisc.config_sections import OptimConfig
 
 
 def num_steps(config: OptimConfig, num_rows: int) -> int:

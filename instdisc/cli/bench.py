@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
-from instdisc.config import OBJECTIVES
+from instdisc.config_sections import OBJECTIVES
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from instdisc.config import SOURCE_KINDS
+from instdisc.config_sections import SOURCE_KINDS
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -124,7 +124,7 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
     [
         (["train", "quikstart"], "did you mean quickstart"),
         (["train", "--objective.temprature", "0.1"], "did you mean objective.temperature"),
-        (["train", "--objective.temperature", "warm"], "expected a number"),
+        (["train", "--objective.temperature", "warm"], "expected a finite number"),
         (["train", "--optim.lr"], "no value after it"),
         (["train", "--workers", "-3"], "workers: found -3"),
         (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all"),

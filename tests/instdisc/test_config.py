@@ -9,14 +9,8 @@ import pytest
 
 from instdisc import recipes
 from instdisc.cli.overrides import parse_overrides
-from instdisc.config import (
-    MAY_CHANGE_ON_RESUME,
-    ConfigError,
-    OptimConfig,
-    TrainConfig,
-    flatten,
-    resume_differences,
-)
+from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, flatten, resume_differences
+from instdisc.config_sections import ConfigError, OptimConfig
 from instdisc.overrides import OverrideError, field_names
 
 
@@ -67,9 +61,11 @@ def test_an_override_is_read_as_the_type_of_its_field(name, text, value):
     [
         ("objective.temprature", "0.1", "did you mean objective.temperature"),
         ("temperature", "0.1", r"did you mean (objective|eval).temperature"),
-        ("optim.lr", "fast", r"optim.lr: found 'fast', expected a number"),
+        ("optim.global_batch", "inf", "optim.global_batch: found 'inf', expected a whole number"),
+        ("optim.lr", "nan", "optim.lr: found 'nan', expected a finite number"),
+        ("optim.lr", "fast", r"optim.lr: found 'fast', expected a finite number"),
         ("optim.global_batch", "1.5", "expected a whole number"),
-        ("augment.scale", "0.1", "2 comma-separated values, each a number"),
+        ("augment.scale", "0.1", "2 comma-separated values, each a finite number"),
         ("optim.nesterov", "maybe", "true or false"),
         ("qwertyuiop", "1", "--help"),
     ],

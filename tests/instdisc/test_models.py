@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from instdisc.config import ModelConfig
+from instdisc.config_sections import ModelConfig
 from instdisc.models import build_encoder
 from instdisc.train.batch_norm import GroupedBatchNorm
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from instdisc.config import OptimConfig
+from instdisc.config_sections import OptimConfig
 from instdisc.schedule import learning_rate, num_steps
 
 
