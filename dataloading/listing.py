@@ -75,4 +75,6 @@ def existing_root(root: str | None, kind: str, wanted: Callable[[Path], bool] = 
         raise DatasetError(f"data root {path} does not exist; found beside it: {beside}. Correct the path")
     if not wanted(path):
         raise DatasetError(f"data root {path} ({kind}): found a file, expected a folder; name the folder that holds it")
+    if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        raise DatasetError(f"data root {path}: no permission to read it; check its owner and rights, or choose another")
     return path

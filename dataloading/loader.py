@@ -72,16 +72,13 @@ class Loader:
         planner: Planner,
         damaged: DamagedRows,
         *,
+        step_rows: stream.StepRows,
         num_rows: int,
-        seed: int,
-        global_batch: int,
-        offsets: tuple[int, int],
         num_views: int,
     ) -> None:
         self._crops, self._empty, self._finish = crops, empty, finish
         self._planner, self._damaged = planner, damaged
-        self._num_rows, self._seed, self._num_views = num_rows, seed, num_views
-        self._global_batch, self._offsets = global_batch, offsets
+        self._step_rows, self._num_rows, self._num_views = step_rows, num_rows, num_views
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this rank's batch of step start_step, start_step + 1, and so on without end.
@@ -110,9 +107,8 @@ class Loader:
 
     def _plans(self, start_step: int) -> Iterator[Plan]:
         for step in count(start_step):
-            positions = stream.positions(step, self._global_batch)[slice(*self._offsets)]
-            rows_B = stream.rows(positions, self._num_rows, self._seed)
-            yield self._planner.plan(rows_B, stream.visits(positions, self._num_rows))
+            visits_B = stream.visits(self._step_rows.positions(step), self._num_rows)
+            yield self._planner.plan(self._step_rows.rows(step), visits_B)
 
 
 def make_loader(
@@ -125,12 +121,14 @@ def make_loader(
     device: torch.device | str,
     num_threads: int,
     backend: str = "auto",
+    order: str = "permutation",
 ) -> Loader:
     """Return the loader of one rank.
 
     seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
     the G positions of a step; may be empty. num_threads: most threads that decoding and reading use together (at least
-    one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch.
+    one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch. order:
+    one of `stream.ORDERS`.
     """
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:
@@ -161,10 +159,8 @@ def make_loader(
         finish,
         planner,
         damaged,
+        step_rows=stream.StepRows(dataset.index.num_rows, seed, global_batch, offsets, order),
         num_rows=dataset.index.num_rows,
-        seed=seed,
-        global_batch=global_batch,
-        offsets=offsets,
         num_views=augment.num_views,
     )
 

@@ -67,6 +67,8 @@ def with_norm_group(config: TrainConfig, workers: int, place: Run) -> TrainConfi
 def _launch(
     config: TrainConfig, uri: str, workers: int, launcher: str, address: str | None, on_event: OnEvent | None
 ) -> dict[str, Any]:
+    if on_event:
+        on_event({"kind": "phase", "text": _starting(workers, launcher, address)})
     if workers == 0 or launcher == "local":
         from cluster.worker import run_local
 
@@ -75,6 +77,15 @@ def _launch(
     from cluster.ray_trainer import run_on_ray
 
     return run_on_ray(train_worker, workers, config.to_json(), uri, address=address, on_event=on_event)
+
+
+def _starting(workers: int, launcher: str, address: str | None) -> str:
+    if workers == 0:
+        return "starting in this process"
+    if launcher == "local":
+        return f"starting {workers} worker processes"
+    place = address or os.environ.get("RAY_ADDRESS")
+    return f"starting {workers} workers on " + (f"the Ray cluster at {place}" if place else "a Ray of our own here")
 
 
 def train_worker(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:

@@ -62,14 +62,15 @@ class PendingLookup:
     """Rows on their way to every rank; `wait` returns them in the order in which they were asked for."""
 
     _pending: PendingRows
-    _order_M: Tensor
+    _places_M: Tensor | None
+    """Where each row stands among the gathered ones, which come in the order of their owners; None: as asked for."""
 
     def wait(self) -> Tensor:
         """Return the rows, float32 (M, D)."""
         gathered_MD = self._pending.wait()
-        rows_MD = torch.empty(gathered_MD.shape, dtype=torch.float32, device=gathered_MD.device)
-        rows_MD[self._order_M.to(gathered_MD.device, non_blocking=True)] = gathered_MD.float()
-        return rows_MD
+        if self._places_M is not None:
+            gathered_MD = gathered_MD.index_select(0, self._places_M.to(gathered_MD.device, non_blocking=True))
+        return gathered_MD.float()
 
 
 class ShardedMemoryBank:
@@ -118,12 +119,17 @@ class ShardedMemoryBank:
     def start_lookup(self, indices_M: Tensor) -> PendingLookup:
         """Start fetching rows to every rank. Collective: every rank asks for the same int64 (M,) CPU indices."""
         self._check_indices(indices_M)
+        if len(self._bounds) == 2:
+            own_MD = self.rows.index_select(0, indices_M.to(self.device, non_blocking=True))
+            return PendingLookup(start_all_gather_rows(own_MD, [len(indices_M)], self.group), None)
         owners_M = np.searchsorted(self._bounds, indices_M.numpy(), side="right") - 1
-        order_M = torch.from_numpy(np.argsort(owners_M, kind="stable"))
+        order_M = np.argsort(owners_M, kind="stable")
+        places_M = np.empty_like(order_M)
+        places_M[order_M] = np.arange(len(order_M))
         counts_W = np.bincount(owners_M, minlength=len(self._bounds) - 1).tolist()
-        own = indices_M[order_M[torch.from_numpy(np.sort(owners_M, kind="stable") == self._rank)]] - self.start
-        rows_XD = self.rows.index_select(0, own.to(self.device, non_blocking=True))
-        return PendingLookup(start_all_gather_rows(rows_XD, counts_W, self.group), order_M)
+        own_X = indices_M[torch.from_numpy(owners_M == self._rank)] - self.start
+        rows_XD = self.rows.index_select(0, own_X.to(self.device, non_blocking=True))
+        return PendingLookup(start_all_gather_rows(rows_XD, counts_W, self.group), torch.from_numpy(places_M))
 
     def lookup(self, indices_B: Tensor, *, counts_W: Sequence[int] | None = None) -> Tensor:
         """Return the rows of this rank's batch, float32 (B, D). Collective; ranks may bring different indices and B.

@@ -69,7 +69,8 @@ def _tell(error: BaseException, code: int, with_traceback: bool) -> int:
 
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        advice = "; check its owner and rights" if isinstance(error, PermissionError) else ""
+        return f"{error.filename}: {error.strerror}{advice}"
     return str(error) or type(error).__name__
 
 

@@ -75,6 +75,7 @@ class Training:
             device=worker.device,
             num_threads=worker.num_threads,
             backend=config.data.backend,
+            order=config.data.order,
         )
         self.monitor = Monitor(worker, config, run, self.num_steps, self.num_rows)
 

@@ -24,20 +24,26 @@ class StepSums:
 
     @torch.no_grad()
     def add_group(
-        self, loss: Tensor, features_bD: Tensor, positives_GD: Tensor, offsets: tuple[int, int], valid_G: Tensor
+        self,
+        loss: Tensor,
+        features_bD: Tensor,
+        positives_GD: Tensor,
+        group: slice,
+        valid_G: Tensor,
+        num_valid: int,
     ) -> None:
         """Count one group: its share of the loss, and its cosines with its own rows and with the batch's other rows."""
-        start, stop = offsets
         self._values[0] += loss.detach()
-        if start == stop:
+        if group.start == group.stop:
             return
         # Rows of the other samples are rows of random other images: the same measure for every objective.
-        own_b = (features_bD.detach() * positives_GD[start:stop]).sum(dim=1)
-        all_b = features_bD.detach() @ positives_GD.sum(dim=0)
-        valid_b = valid_G[start:stop].to(own_b.device, torch.float32, non_blocking=True)
-        num_valid = max(1, int(valid_G.sum()))
-        self._values[1] += (own_b * valid_b).sum() / num_valid
-        self._values[2] += ((all_b - own_b) * valid_b).sum() / (num_valid * max(1, len(positives_GD) - 1))
+        features_bD = features_bD.detach()
+        own_b = (features_bD * positives_GD[group]).sum(dim=1)
+        others_b = features_bD @ positives_GD.sum(dim=0) - own_b
+        valid_b = valid_G[group].to(own_b.device, torch.float32, non_blocking=True)
+        counted = max(1, num_valid)
+        self._values[1] += torch.dot(own_b, valid_b) / counted
+        self._values[2] += torch.dot(others_b, valid_b) / (counted * max(1, len(positives_GD) - 1))
 
     def read(self) -> dict[str, float]:
         """Return this rank's shares of the means per step and start anew. Waits for the device."""

@@ -46,7 +46,7 @@ class Monitor:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
         folder = self._run.folder
         if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
-            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1)
+            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1, on_failure=self._warn)
             self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
 
     def announce(self, state: TrainState, plan: BatchPlan) -> None:
@@ -171,7 +171,10 @@ class Monitor:
         advice = log_z_advice(float(state.normalizer.log_z), float(state.normalizer.running_log_z))
         if advice:
             self._advised = True
-            self._worker.emit({"kind": "message", "text": f"warning: {advice}", "keep": True})
+            self._warn(advice)
+
+    def _warn(self, text: str) -> None:
+        self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})
 
     def _write_events(
         self, state: TrainState, means: dict[str, float], lr: float, speed: float, data_wait: float, bad_rows: int

@@ -8,6 +8,7 @@ owns a group has one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from dataloading.stream import group_offsets
 
@@ -34,13 +35,14 @@ class BatchPlan:
         groups = self.groups(rank)
         return (groups[0][0], groups[-1][1]) if groups else (0, 0)
 
-    @property
+    @cached_property
     def counts_W(self) -> list[int]:
         """Samples of each rank."""
         return [stop - start for start, stop in map(self.offsets, range(self.world_size))]
 
+    @cached_property
     def slots(self) -> list[list[tuple[int, int]]]:
-        """Return for each slot and rank the offsets of the group that it runs, (0, 0) where the slot is empty."""
+        """For each slot and rank the offsets of the group that it runs, (0, 0) where the slot is empty."""
         by_rank = [self.groups(rank) for rank in range(self.world_size)]
         most = max(map(len, by_rank))
         padded = [[(0, 0)] * (most - len(groups)) + groups for groups in by_rank]

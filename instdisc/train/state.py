@@ -93,6 +93,7 @@ def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainStat
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         nesterov=optim.nesterov,
+        fused=True,
     )
     bank = ShardedMemoryBank(
         num_rows,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from cluster.collectives import all_gather_rows
 from cluster.worker import Worker
 from dataloading.loader import Batch
 from dataloading.philox import Purpose, words
-from dataloading.stream import positions, rows
+from dataloading.stream import StepRows
 from instdisc.memory_bank import PendingLookup
 from instdisc.negatives import negative_indices
 from instdisc.objectives import infonce_loss, softmax_loss
@@ -28,6 +29,31 @@ from instdisc.schedule import learning_rate
 from instdisc.train.metrics import StepSums
 from instdisc.train.plan import BatchPlan
 from instdisc.train.state import TrainState, autocast_dtype, use_channels_last
+
+
+@dataclass(frozen=True)
+class _Fetching:
+    """The bank's rows of a step on their way: those of its G samples and of its K negatives."""
+
+    lookup: PendingLookup
+    indices_K: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The bank's rows that a step reads, float32, as the step before left them."""
+
+    positives_GD: Tensor
+    negatives_KD: Tensor
+    indices_K: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Valid:
+    """Which samples of the global batch count, and how many."""
+
+    mask_G: Tensor
+    total: int
 
 
 class Stepper:
@@ -40,27 +66,31 @@ class Stepper:
         self._autocast = autocast_dtype(state.config, worker.device)
         self._channels_last = use_channels_last(state.config, worker.device)
         self._has_dropout = any(isinstance(m, torch.nn.Dropout) for m in state.encoder.modules())
-        self._pending: PendingLookup | None = None
+        config, everyone = state.config, (0, plan.global_batch)
+        self._step_rows = StepRows(state.bank.num_rows, config.seed, plan.global_batch, everyone, config.data.order)
+        self._fetching: _Fetching | None = None
 
     def step(self, batch: Batch) -> None:
         """Run the state's next global step on this rank's part of it. Collective."""
         state, plan, step = self.state, self.plan, self.state.step
-        valid_G = all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
-        positives_GD, negatives_KD = self._fetched_rows(step)
+        mask_G = all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
+        valid = _Valid(mask_G, int(mask_G.sum()))
+        fetched = self._fetched_rows(step)
         if state.config.objective.name == "nce" and not state.normalizer.started:
-            self._start_normalizer(batch, valid_G, negatives_KD)
+            self._start_normalizer(batch, valid, fetched.negatives_KD)
 
         features: list[Tensor] = []
         scores: list[Tensor] = []
-        slots = plan.slots()
-        for slot, offsets_W in enumerate(slots):
-            with self._gradient_exchange(slot == len(slots) - 1):
-                features_bD = self._embed(batch, offsets_W, exchange=slot == len(slots) - 1)
-                loss, scores_bK = self._loss(features_bD, batch, valid_G, offsets_W, positives_GD, negatives_KD)
+        for slot, offsets_W in enumerate(plan.slots):
+            is_last = slot == len(plan.slots) - 1
+            with self._gradient_exchange(is_last):
+                features_bD = self._embed(batch, offsets_W, exchange=is_last)
+                loss, scores_bK = self._loss(features_bD, batch, valid, offsets_W, fetched)
                 if loss.requires_grad:
                     # DDP averages over the ranks; the loss is a mean over the valid samples of all of them.
                     (loss * self.worker.world_size).backward()
-            self.sums.add_group(loss, features_bD, positives_GD, offsets_W[self.worker.rank], valid_G)
+            mine = slice(*offsets_W[self.worker.rank])
+            self.sums.add_group(loss, features_bD, fetched.positives_GD, mine, valid.mask_G, valid.total)
             features.append(features_bD.detach())
             scores.append(scores_bK)
 
@@ -70,7 +100,7 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         state.batch_norm.finish_step(plan.num_groups, step)
         if state.config.objective.name == "nce":
-            state.normalizer.observe(scores, int(valid_G.sum()) * self._negatives)
+            state.normalizer.observe(scores, valid.total * self._negatives)
         state.bank.update(batch.indices_B, torch.cat(features), step, batch.valid_B, counts_W=plan.counts_W)
         self.sums.num_steps += 1
         state.step = step + 1
@@ -79,21 +109,20 @@ class Stepper:
     def _start_fetching(self, step: int) -> None:
         """Start fetching the rows that `step` reads: those of its samples and its negatives, known from the stream."""
         state = self.state
-        place_G = positions(step, self.plan.global_batch)
-        wanted = [torch.from_numpy(rows(place_G, state.bank.num_rows, state.config.seed, state.config.data.order))]
+        wanted, indices_K = [torch.from_numpy(self._step_rows.rows(step))], None
         if self._negatives:
-            wanted.append(negative_indices(state.config.seed, step, self._negatives, state.bank.num_rows))
-        self._indices_K = wanted[-1]
-        self._pending = state.bank.start_lookup(torch.cat(wanted))
+            indices_K = negative_indices(state.config.seed, step, self._negatives, state.bank.num_rows)
+            wanted.append(indices_K)
+        self._fetching = _Fetching(state.bank.start_lookup(torch.cat(wanted)), indices_K)
 
-    def _fetched_rows(self, step: int) -> tuple[Tensor, Tensor]:
-        """Return the bank's rows of all samples (G, D) and of the negatives (K, D), float32, as step - 1 left them."""
-        if self._pending is None:
+    def _fetched_rows(self, step: int) -> _Fetched:
+        """Wait for the rows that `step` reads."""
+        if self._fetching is None:
             self._start_fetching(step)
-        assert self._pending is not None
-        rows_MD = self._pending.wait()
-        self._pending = None
-        return rows_MD[: self.plan.global_batch], rows_MD[self.plan.global_batch :]
+        assert self._fetching is not None
+        rows_MD, indices_K = self._fetching.lookup.wait(), self._fetching.indices_K
+        self._fetching = None
+        return _Fetched(rows_MD[: self.plan.global_batch], rows_MD[self.plan.global_batch :], indices_K)
 
     def _embed(self, batch: Batch, offsets_W: Sequence[tuple[int, int]], *, exchange: bool) -> Tensor:
         """Return the features of this rank's group, float32 (b, D), with b = 0 where its slot is empty."""
@@ -121,53 +150,53 @@ class Stepper:
         self,
         features_bD: Tensor,
         batch: Batch,
-        valid_G: Tensor,
+        valid: _Valid,
         offsets_W: Sequence[tuple[int, int]],
-        positives_GD: Tensor,
-        negatives_KD: Tensor,
+        fetched: _Fetched,
     ) -> tuple[Tensor, Tensor]:
         """Return this group's share of the mean loss over the valid samples of G, and its scores (b, K) for Z."""
         start, stop = offsets_W[self.worker.rank]
         first = self.plan.offsets(self.worker.rank)[0]
-        indices_b, positives_bD = batch.indices_B[start - first : stop - first], positives_GD[start:stop]
-        keep_b = valid_G[start:stop]
+        indices_b, positives_bD = batch.indices_B[start - first : stop - first], fetched.positives_GD[start:stop]
+        keep_b = valid.mask_G[start:stop]
         if not keep_b.all():
             kept = keep_b.to(features_bD.device, non_blocking=True)
             indices_b, features_bD, positives_bD = indices_b[keep_b], features_bD[kept], positives_bD[kept]
         config, bank = self.state.config.objective, self.state.bank
         scores_bK = features_bD.new_empty((0, 0))
         if config.name == "softmax":
-            counts_W = [int(valid_G[low:high].sum()) for low, high in offsets_W]
+            counts_W = [int(valid.mask_G[low:high].sum()) for low, high in offsets_W]
             loss = softmax_loss(features_bD, indices_b, bank, temperature=config.temperature, counts_W=counts_W)
         elif config.name == "infonce":
-            excluded_bK = indices_b[:, None] == self._indices_K[None, :]
+            assert fetched.indices_K is not None
+            excluded_bK = indices_b[:, None] == fetched.indices_K[None, :]
             loss = infonce_loss(
-                features_bD, positives_bD, negatives_KD, temperature=config.temperature, excluded_BK=excluded_bK
+                features_bD, positives_bD, fetched.negatives_KD, temperature=config.temperature, excluded_BK=excluded_bK
             )
         else:
             loss, scores_bK = nce_loss_and_scores(
                 features_bD,
                 positives_bD,
-                negatives_KD,
+                fetched.negatives_KD,
                 temperature=config.temperature,
                 log_z=self.state.normalizer.log_z,
                 num_rows=bank.num_rows,
                 proximal_weight=config.proximal_weight,
             )
-        return loss * (len(indices_b) / max(1, int(valid_G.sum()))), scores_bK
+        return loss * (len(indices_b) / max(1, valid.total)), scores_bK
 
     @torch.no_grad()
-    def _start_normalizer(self, batch: Batch, valid_G: Tensor, negatives_KD: Tensor) -> None:
+    def _start_normalizer(self, batch: Batch, valid: _Valid, negatives_KD: Tensor) -> None:
         """Estimate Z before the first loss, over the samples of all ranks and the step's negatives."""
         first = self.plan.offsets(self.worker.rank)[0]
         scores: list[Tensor] = []
         for start, stop in self.plan.groups(self.worker.rank):
             self._seed_dropout(start // self.plan.norm_group)
             features_bD = self._forward(batch.images_BCHW[start - first : stop - first])
-            features_bD = features_bD[valid_G[start:stop].to(features_bD.device)]
+            features_bD = features_bD[valid.mask_G[start:stop].to(features_bD.device)]
             scores.append(features_bD @ negatives_KD.T / self.state.config.objective.temperature)
         self.state.batch_norm.discard()
-        self.state.normalizer.observe(scores, int(valid_G.sum()) * self._negatives)
+        self.state.normalizer.observe(scores, valid.total * self._negatives)
 
     def _seed_dropout(self, group: int) -> None:
         """Let dropout depend on (seed, step, group) alone."""

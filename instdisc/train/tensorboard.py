@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,10 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
     from dataloading.index import Dataset
     from instdisc.evaluate.knn import Neighbours
+    from instdisc.train.event_file import EventFile
 
 TAGS: dict[str, str] = {
     "train/loss": "mean loss over the valid images of the steps since the last point",
@@ -56,18 +57,22 @@ class EventWriter:
 
     purge_step: a continued run writes into the folder of the attempt before; its points at this step and later, which
     happened after the checkpoint that the run goes on from, are no longer shown. None: nothing is purged.
+    on_failure: told once, in words, if events cannot be written (a full disk); training goes on without them.
     """
 
-    def __init__(self, folder: str, *, purge_step: int | None) -> None:
-        self._folder, self._purge_step = folder, purge_step
-        self._opened: SummaryWriter | None = None
+    def __init__(
+        self, folder: str, *, purge_step: int | None, on_failure: Callable[[str], None] = warnings.warn
+    ) -> None:
+        self._folder, self._purge_step, self._on_failure = folder, purge_step, on_failure
+        self._file: EventFile | None = None
+        self._has_failed = False
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write a point per tag of `TAGS`; None and values that are not finite are left out."""
         for tag, value in values.items():
             _check_tag(tag)
             if value is not None and math.isfinite(value):
-                self._writer().add_scalar(tag, float(value), step)
+                self._add(step, lambda summary, tag=tag, value=value: summary.scalar(tag, float(value)))
 
     def histogram(self, step: int, tag: str, values: ArrayLike) -> None:
         """Write the distribution of numbers (any shape; a tensor on the CPU); none where no number is finite."""
@@ -76,19 +81,19 @@ class EventWriter:
         numbers = np.asarray(values, dtype=np.float64).ravel()
         numbers = numbers[np.isfinite(numbers)]
         if numbers.size:
-            self._writer().add_histogram(tag, numbers, step, bins=_MAX_BINS)  # type: ignore[arg-type]
+            self._add(step, lambda summary: summary.histogram(tag, numbers, _MAX_BINS))
 
     def image(self, step: int, tag: str, pixels_HWC: NDArray[np.uint8]) -> None:
         """Write a picture, uint8 (H, W, 3)."""
         _check_tag(tag)
         assert pixels_HWC.dtype == np.uint8, pixels_HWC.dtype
         assert pixels_HWC.ndim == 3, pixels_HWC.shape
-        self._writer().add_image(tag, pixels_HWC, step, dataformats="HWC")
+        self._add(step, lambda summary: summary.image(tag, pixels_HWC, dataformats="HWC"))
 
     def text(self, step: int, tag: str, text: str) -> None:
         """Write a text in Markdown."""
         _check_tag(tag)
-        self._writer().add_text(tag, text, step)
+        self._add(step, lambda summary: summary.text(tag, text))
 
     def knn(self, step: int, scores: Mapping[str, float]) -> None:
         """Write kNN accuracies in percent: "knn_top1" and "knn_bank_top1"."""
@@ -104,23 +109,50 @@ class EventWriter:
 
     def flush(self) -> None:
         """Write out what is still in memory; it also happens every 20 seconds."""
-        if self._opened is not None:
-            self._opened.flush()
+        with self._failing_once():
+            if self._file is not None:
+                self._file.flush()
 
     def close(self) -> None:
         """Write out and close the event file; a second call does nothing."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        with self._failing_once():
+            if self._file is not None:
+                self._file.close()
+        self._file = None
 
-    def _writer(self) -> SummaryWriter:
-        if self._opened is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _add(self, step: int, summarize: Callable[[Any], Any]) -> None:
+        """Write `summarize(torch.utils.tensorboard.summary)`, unless writing has failed before."""
+        if self._has_failed:
+            return
+        from torch.utils.tensorboard import summary
 
-            self._opened = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=_FLUSH_S)
+        with self._failing_once():
+            self._opened(summary).add(step, summarize(summary))
+
+    def _opened(self, summary: Any) -> EventFile:
+        if self._file is None:
+            from instdisc.train.event_file import EventFile
+
+            self._file = EventFile(self._folder, purge_step=self._purge_step, flush_s=_FLUSH_S)
             rows = "\n".join(f"| {tag} | {meaning} |" for tag, meaning in TAGS.items())
-            self._opened.add_text("about", f"| tag | meaning |\n|---|---|\n{rows}", self._purge_step or 0)
-        return self._opened
+            about = summary.text("about", f"| tag | meaning |\n|---|---|\n{rows}")
+            self._file.add(self._purge_step or 0, about)
+        return self._file
+
+    @contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        """Report the first failure to write, and leave it at that: a run is worth more than its curves."""
+        try:
+            yield
+        except OSError as error:
+            self._file = None
+            if not self._has_failed:
+                self._has_failed = True
+                reason = error.strerror or str(error)
+                self._on_failure(
+                    f"TensorBoard events cannot be written to {self._folder}: {reason}. Training goes on without them; "
+                    "the next start of the run writes them again"
+                )
 
 
 def log_z_advice(log_z: float, log_z_running: float) -> str | None:

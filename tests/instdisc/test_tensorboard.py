@@ -129,6 +129,23 @@ def test_nothing_is_written_or_imported_before_the_first_event(tmp_path):
     assert not Path(tmp_path / "events").exists()
 
 
+def test_a_file_that_cannot_grow_is_reported_once_and_what_was_written_before_stays(tmp_path):
+    code = (
+        "import json, resource, sys; from instdisc.train.tensorboard import EventWriter;"
+        "told = []; w = EventWriter(sys.argv[1], purge_step=None, on_failure=told.append);"
+        "w.scalars(1, {'train/loss': 1.0}); w.flush();"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000));"
+        "[(w.scalars(step, {'train/loss': 2.0}), w.flush()) for step in range(2, 200)]; w.close();"
+        "print(json.dumps(told))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    (told,) = json.loads(answer.stdout)
+    assert f"cannot be written to {tmp_path}: File too large" in told
+    assert "Traceback" not in answer.stderr
+    assert scalars(tmp_path, "train/loss")[0] == (1, 1.0)
+
+
 def test_advice_comes_only_when_z_is_off_by_more_than_a_factor_of_e():
     assert log_z_advice(10.0, 10.99) is None
     assert log_z_advice(10.0, 9.01) is None
