@@ -267,7 +267,8 @@ class SystemConfig:
     """"on", "off" or "auto": on for GPUs. On CPUs it is a quarter faster, but sums in an order that depends on the
     threads, so that runs on different numbers of workers agree to fewer digits."""
     log_every: int = 20
-    """Steps between reads of the metrics (the only moments at which the host waits for the device)."""
+    """Most steps between reads of the metrics, the only moments at which the host waits for the device; slow steps
+    are read every few seconds."""
     tensorboard: bool = True
     """Write TensorBoard events into the run."""
 

@@ -63,8 +63,9 @@ def run(options: argparse.Namespace) -> int:
     elif result.finished:
         print(summary(result, uri, was_finished=already is not None))
     else:
-        print(f"Stopped at step {result.step:,} of {result.num_steps:,}; a checkpoint is saved. Go on with:\n  "
-              f"{shlex.join(['instdisc', *sys.argv[1:]])}")  # fmt: skip
+        saved = "a checkpoint is saved" if result.step else "there is nothing to save yet"
+        print(f"Stopped at step {result.step:,} of {result.num_steps:,}; {saved}. Go on with:")
+        print(f"  {shlex.join(['instdisc', *sys.argv[1:]])}")
     return 0 if result.finished else 130
 
 

@@ -21,6 +21,9 @@ from instdisc.train.plan import BatchPlan
 from instdisc.train.state import TrainState, build_state
 from instdisc.train.step import Stepper
 
+LOOK_S = 5.0
+"""Seconds after which the metrics are read again, and a wish to stop is seen, at the latest (at least one step)."""
+
 
 def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     """Train this rank's part of the run at `uri` until its end or until it is asked to stop; continue where it stood.
@@ -78,14 +81,18 @@ class Training:
             order=config.data.order,
         )
         self.monitor = Monitor(worker, config, run, self.num_steps, self.num_rows)
+        self._next_look = 0
 
     def run_to_end(self) -> dict[str, Any]:
         """Restore, train, evaluate and save until the last step or until the driver asks to stop."""
         self._restore()
         self.monitor.announce(self.state, self.plan)
+        if self.worker.all_gather_object(self.worker.stop_requested())[0]:
+            return self._result(finished=False)
         if self.state.step == 0 and self.config.eval.baselines:
             self._baselines()
         self.monitor.start(self.state.step)
+        self._next_look = self.state.step + 1
         batches = self.loader.batches(self.state.step)
         while self.state.step < self.num_steps:
             with self.monitor.data_wait():
@@ -119,7 +126,7 @@ class Training:
         """Whether all ranks meet after this step: to read the metrics, to evaluate, to save."""
         step, every = self.state.step, self.config.checkpoint.every_steps
         return (
-            step % self.config.system.log_every == 0
+            step >= self._next_look
             or step == self.num_steps
             or self._evaluation_due()
             or (every is not None and step % every == 0)
@@ -143,15 +150,19 @@ class Training:
             "data_wait": self.monitor.data_wait_share(),
             "bad_rows": len(self.loader.bad_rows),
             # Clocks and signals differ between ranks: those of rank 0 count.
+            "steps_to_next_look": self.monitor.steps_in(LOOK_S, step),
             "stop": self.worker.stop_requested(),
             "save": self.monitor.minutes_since_save() >= (self.config.checkpoint.every_minutes or math.inf),
         }
         by_rank = self.worker.all_gather_object(read)
+        self._next_look = step + max(1, min(self.config.system.log_every, by_rank[0]["steps_to_next_look"]))
         check_finite(by_rank, (self.monitor.last_look, step))
         self.monitor.show(self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows))
         if self._evaluation_due():
             self._evaluate()
         stop = by_rank[0]["stop"] and step < self.num_steps
+        if stop:
+            self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
         if step < self.num_steps and (stop or by_rank[0]["save"] or (every is not None and step % every == 0)):
             self._save()
         return stop

@@ -83,6 +83,10 @@ class Monitor:
         """Return the share of the time since the last look that this rank waited for data, 0 to 1."""
         return self._waited_s / max(1e-9, time.monotonic() - self._look_s)
 
+    def steps_in(self, seconds: float, step: int) -> int:
+        """Return how many steps fit into a time at the speed since the last look; `step` were made in all."""
+        return int(seconds * (step - self.last_look) / max(1e-9, time.monotonic() - self._look_s))
+
     def minutes_since_save(self) -> float:
         """Return the minutes since the last save."""
         return (time.monotonic() - self._saved_s) / 60
