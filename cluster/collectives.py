@@ -80,11 +80,29 @@ def all_gather_rows(rows_BX: Tensor, counts_W: Sequence[int], group: Group = Non
     return start_all_gather_rows(rows_BX, counts_W, group).wait()
 
 
+@dataclass
+class PendingSum:
+    """A sum over the ranks on its way."""
+
+    _tensor: Tensor
+    _work: Any
+
+    def wait(self) -> Tensor:
+        """Return the sum, in the tensor that was given."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._tensor
+
+
+def start_all_reduce_sum(tensor: Tensor, group: Group = None) -> PendingSum:
+    """Start summing `tensor` over the ranks in place. Collective."""
+    return PendingSum(tensor, dist.all_reduce(tensor, group=group, async_op=True) if world_size(group) > 1 else None)
+
+
 def all_reduce_sum(tensor: Tensor, group: Group = None) -> Tensor:
     """Sum `tensor` over the ranks in place and return it. Collective."""
-    if world_size(group) > 1:
-        dist.all_reduce(tensor, group=group)
-    return tensor
+    return start_all_reduce_sum(tensor, group).wait()
 
 
 def reduce_scatter_rows(rows_GX: Tensor, counts_W: Sequence[int], group: Group = None) -> Tensor:

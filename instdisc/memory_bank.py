@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -71,6 +72,36 @@ class PendingLookup:
         if self._places_M is not None:
             gathered_MD = gathered_MD.index_select(0, self._places_M.to(gathered_MD.device, non_blocking=True))
         return gathered_MD.float()
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What is known on every rank of the samples that all ranks bring together to a step, in rank order."""
+
+    indices_G: Tensor
+    """int64, on the CPU."""
+    valid_G: Tensor
+    """bool, on the CPU."""
+    counts_W: Sequence[int]
+
+    @cached_property
+    def num_valid(self) -> int:
+        """How many samples count."""
+        return int(self.valid_G.sum())
+
+
+@dataclass
+class PendingUpdate:
+    """Features on their way to the owners of their rows; `finish` writes the rows."""
+
+    _bank: ShardedMemoryBank
+    _batch: GlobalBatch
+    _features: PendingRows
+    _step: int
+
+    def finish(self) -> None:
+        """Write the rows that this rank owns."""
+        self._bank.write(self._batch, self._features.wait(), self._step)
 
 
 class ShardedMemoryBank:
@@ -149,16 +180,7 @@ class ShardedMemoryBank:
         indices_K = negative_indices(self.seed, step, num_negatives, self.num_rows)
         return self.start_lookup(indices_K).wait(), indices_K
 
-    @torch.no_grad()
-    def update(
-        self,
-        indices_B: Tensor,
-        features_BD: Tensor,
-        step: int,
-        valid_B: Tensor | None = None,
-        *,
-        counts_W: Sequence[int] | None = None,
-    ) -> None:
+    def update(self, indices_B: Tensor, features_BD: Tensor, step: int, valid_B: Tensor | None = None) -> None:
         """Write v <- normalise(momentum * v_old + (1 - momentum) * f) for the samples of all ranks. Collective.
 
         indices_B: int64, valid_B: bool, both on the CPU; features_BD: unit length. Every rank writes the rows that it
@@ -167,23 +189,40 @@ class ShardedMemoryBank:
         which this rank brought such features, and the caller reads it when it reads its metrics. Raises ValueError on
         shapes or indices that do not fit.
         """
-        if features_BD.shape != (len(indices_B), self.dim):
+        if len(features_BD) != len(indices_B):
             raise ValueError(
-                f"memory bank update at step {step} on rank {self._rank}: found features of shape "
-                f"{tuple(features_BD.shape)} for {len(indices_B)} indices, expected ({len(indices_B)}, {self.dim})"
+                f"memory bank update at step {step} on rank {self._rank}: found {len(features_BD)} features for "
+                f"{len(indices_B)} indices, expected as many"
             )
         self._check_indices(indices_B)
-        counts_W = counts_W or gather_counts(len(indices_B), self.group)
         valid_B = torch.ones(len(indices_B), dtype=torch.bool) if valid_B is None else valid_B
+        counts_W = gather_counts(len(indices_B), self.group)
         # One number carries the index and, in its sign, whether the sample counts.
-        coded_G = all_gather_rows(torch.where(valid_B, indices_B, -1 - indices_B), counts_W, self.group).numpy()
-        features_GD = all_gather_rows(features_BD.detach().float(), counts_W, self.group)
+        coded_G = all_gather_rows(torch.where(valid_B, indices_B, -1 - indices_B), counts_W, self.group)
+        valid_G = coded_G >= 0
+        batch = GlobalBatch(torch.where(valid_G, coded_G, -1 - coded_G), valid_G, counts_W)
+        self.start_update(batch, features_BD, step).finish()
+
+    @torch.no_grad()
+    def start_update(self, batch: GlobalBatch, features_BD: Tensor, step: int) -> PendingUpdate:
+        """Start an `update` of samples that every rank knows; rows change when it is finished. Collective."""
+        expected = (batch.counts_W[self._rank], self.dim)
+        if features_BD.shape != expected:
+            raise ValueError(
+                f"memory bank update at step {step} on rank {self._rank}: found features of shape "
+                f"{tuple(features_BD.shape)}, expected {expected}"
+            )
         bad = ~features_BD.isfinite().all()
         self.non_finite_step = torch.where(bad & (self.non_finite_step == NEVER), step, self.non_finite_step)
+        features = start_all_gather_rows(features_BD.detach().float(), batch.counts_W, self.group)
+        return PendingUpdate(self, batch, features, step)
 
-        places = _last_places(coded_G, self.start, self.stop)
-        local_U = torch.from_numpy(coded_G[places] - self.start).to(self.device, non_blocking=True)
-        new_UD = features_GD[torch.from_numpy(places).to(self.device, non_blocking=True)]
+    @torch.no_grad()
+    def write(self, batch: GlobalBatch, features_GD: Tensor, step: int) -> None:
+        """Write the rows of the batch that this rank owns, as `update` says, from the features of all ranks."""
+        places = _last_places(batch, self.start, self.stop)
+        local_U = (batch.indices_G[places] - self.start).to(self.device, non_blocking=True)
+        new_UD = features_GD.index_select(0, places.to(self.device, non_blocking=True))
         stored_UD = self.rows.index_select(0, local_U)
         mixed_UD = F.normalize(self.momentum * stored_UD.float() + (1 - self.momentum) * new_UD, dim=1)
         finite_U = new_UD.isfinite().all(dim=1)
@@ -199,9 +238,10 @@ class ShardedMemoryBank:
             )
 
 
-def _last_places(coded_G: np.ndarray, start: int, stop: int) -> np.ndarray:
+def _last_places(batch: GlobalBatch, start: int, stop: int) -> Tensor:
     """Return, for each row of [start, stop) that is written, the place in the global batch of its last valid sample."""
-    places = np.flatnonzero((coded_G >= start) & (coded_G < stop))
+    indices_G = batch.indices_G.numpy()
+    places = np.flatnonzero((indices_G >= start) & (indices_G < stop) & batch.valid_G.numpy())
     # np.unique names the first place of each value: of the reversed sequence, that is the last.
-    _, from_behind = np.unique(coded_G[places][::-1], return_index=True)
-    return places[::-1][from_behind]
+    _, from_behind = np.unique(indices_G[places][::-1], return_index=True)
+    return torch.from_numpy(places[::-1][from_behind])

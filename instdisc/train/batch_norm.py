@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cluster.collectives import Group, all_reduce_sum
+from cluster.collectives import Group, PendingSum, start_all_reduce_sum
 
 
 class GroupedBatchNorm:
@@ -26,6 +26,7 @@ class GroupedBatchNorm:
         self._group = group
         for module in self._modules:
             module.momentum = 1.0
+        self._exchange: PendingSum | None = None
         self._running = [buffer.clone() for buffer in self._buffers()]
         self._sums = [torch.zeros_like(buffer) for buffer in self._buffers()]
 
@@ -45,12 +46,18 @@ class GroupedBatchNorm:
             torch._foreach_zero_(self._sums)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_copy_(self._buffers(), self._running)  # pyright: ignore[reportPrivateImportUsage]
 
+    def start_exchange(self) -> None:
+        """Start adding up the ranks' statistics, once all groups of the step are embedded. Collective."""
+        if self._modules:
+            self._exchange = start_all_reduce_sum(torch.cat([s.flatten() for s in self._sums]), self._group)
+
     def finish_step(self, num_groups: int, step: int) -> None:
-        """Move the running statistics by the average over the groups of all ranks. Collective."""
-        if not self._modules:
+        """Move the running statistics by the average over the groups of all ranks."""
+        if self._exchange is None:
             return
-        flat = all_reduce_sum(torch.cat([s.flatten() for s in self._sums]), self._group)
-        means = torch.split(flat / num_groups, [s.numel() for s in self._sums])
+        sums = self._exchange.wait()
+        self._exchange = None
+        means = torch.split(sums / num_groups, [s.numel() for s in self._sums])
         for i, (running, mean) in enumerate(zip(self._running, means, strict=True)):
             running.lerp_(mean.view_as(running), self._momenta[i // 2])
         self.discard()

@@ -21,7 +21,7 @@ from cluster.worker import Worker
 from dataloading.loader import Batch
 from dataloading.philox import Purpose, words
 from dataloading.stream import StepRows
-from instdisc.memory_bank import PendingLookup
+from instdisc.memory_bank import GlobalBatch, PendingLookup, PendingUpdate
 from instdisc.negatives import negative_indices
 from instdisc.objectives import infonce_loss, softmax_loss
 from instdisc.objectives.nce import nce_loss_and_scores
@@ -48,14 +48,6 @@ class _Fetched:
     indices_K: Tensor | None
 
 
-@dataclass(frozen=True)
-class _Valid:
-    """Which samples of the global batch count, and how many."""
-
-    mask_G: Tensor
-    total: int
-
-
 class Stepper:
     """Runs the steps of one rank; between them it holds only the bank's rows that are on their way."""
 
@@ -73,26 +65,31 @@ class Stepper:
     def step(self, batch: Batch) -> None:
         """Run the state's next global step on this rank's part of it. Collective."""
         state, plan, step = self.state, self.plan, self.state.step
-        mask_G = all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
-        valid = _Valid(mask_G, int(mask_G.sum()))
+        valid_G = all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
+        whole = GlobalBatch(torch.from_numpy(self._step_rows.rows(step)), valid_G, plan.counts_W)
         fetched = self._fetched_rows(step)
         if state.config.objective.name == "nce" and not state.normalizer.started:
-            self._start_normalizer(batch, valid, fetched.negatives_KD)
+            self._start_normalizer(batch, whole, fetched.negatives_KD)
 
         features: list[Tensor] = []
         scores: list[Tensor] = []
+        update: PendingUpdate | None = None
         for slot, offsets_W in enumerate(plan.slots):
             is_last = slot == len(plan.slots) - 1
             with self._gradient_exchange(is_last):
                 features_bD = self._embed(batch, offsets_W, exchange=is_last)
-                loss, scores_bK = self._loss(features_bD, batch, valid, offsets_W, fetched)
+                features.append(features_bD.detach())
+                loss, scores_bK = self._loss(features_bD, batch, whole, offsets_W, fetched)
+                scores.append(scores_bK)
+                if is_last:
+                    # Everything but the gradients is known by now: it travels while they are computed.
+                    update = state.bank.start_update(whole, torch.cat(features), step)
+                    state.batch_norm.start_exchange()
                 if loss.requires_grad:
                     # DDP averages over the ranks; the loss is a mean over the valid samples of all of them.
                     (loss * self.worker.world_size).backward()
             mine = slice(*offsets_W[self.worker.rank])
-            self.sums.add_group(loss, features_bD, fetched.positives_GD, mine, valid.mask_G, valid.total)
-            features.append(features_bD.detach())
-            scores.append(scores_bK)
+            self.sums.add_group(loss, features_bD, fetched.positives_GD, mine, valid_G, whole.num_valid)
 
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate(state.config.optim, step, state.bank.num_rows)
@@ -100,8 +97,9 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         state.batch_norm.finish_step(plan.num_groups, step)
         if state.config.objective.name == "nce":
-            state.normalizer.observe(scores, valid.total * self._negatives)
-        state.bank.update(batch.indices_B, torch.cat(features), step, batch.valid_B, counts_W=plan.counts_W)
+            state.normalizer.observe(scores, whole.num_valid * self._negatives)
+        assert update is not None
+        update.finish()
         self.sums.num_steps += 1
         state.step = step + 1
         self._start_fetching(state.step)
@@ -150,7 +148,7 @@ class Stepper:
         self,
         features_bD: Tensor,
         batch: Batch,
-        valid: _Valid,
+        whole: GlobalBatch,
         offsets_W: Sequence[tuple[int, int]],
         fetched: _Fetched,
     ) -> tuple[Tensor, Tensor]:
@@ -158,15 +156,22 @@ class Stepper:
         start, stop = offsets_W[self.worker.rank]
         first = self.plan.offsets(self.worker.rank)[0]
         indices_b, positives_bD = batch.indices_B[start - first : stop - first], fetched.positives_GD[start:stop]
-        keep_b = valid.mask_G[start:stop]
+        keep_b = whole.valid_G[start:stop]
         if not keep_b.all():
             kept = keep_b.to(features_bD.device, non_blocking=True)
             indices_b, features_bD, positives_bD = indices_b[keep_b], features_bD[kept], positives_bD[kept]
         config, bank = self.state.config.objective, self.state.bank
         scores_bK = features_bD.new_empty((0, 0))
         if config.name == "softmax":
-            counts_W = [int(valid.mask_G[low:high].sum()) for low, high in offsets_W]
-            loss = softmax_loss(features_bD, indices_b, bank, temperature=config.temperature, counts_W=counts_W)
+            counts_W = [int(whole.valid_G[low:high].sum()) for low, high in offsets_W]
+            loss = softmax_loss(
+                features_bD,
+                indices_b,
+                bank,
+                temperature=config.temperature,
+                positives_BD=positives_bD,
+                counts_W=counts_W,
+            )
         elif config.name == "infonce":
             assert fetched.indices_K is not None
             excluded_bK = indices_b[:, None] == fetched.indices_K[None, :]
@@ -183,20 +188,20 @@ class Stepper:
                 num_rows=bank.num_rows,
                 proximal_weight=config.proximal_weight,
             )
-        return loss * (len(indices_b) / max(1, valid.total)), scores_bK
+        return loss * (len(indices_b) / max(1, whole.num_valid)), scores_bK
 
     @torch.no_grad()
-    def _start_normalizer(self, batch: Batch, valid: _Valid, negatives_KD: Tensor) -> None:
+    def _start_normalizer(self, batch: Batch, whole: GlobalBatch, negatives_KD: Tensor) -> None:
         """Estimate Z before the first loss, over the samples of all ranks and the step's negatives."""
         first = self.plan.offsets(self.worker.rank)[0]
         scores: list[Tensor] = []
         for start, stop in self.plan.groups(self.worker.rank):
             self._seed_dropout(start // self.plan.norm_group)
             features_bD = self._forward(batch.images_BCHW[start - first : stop - first])
-            features_bD = features_bD[valid.mask_G[start:stop].to(features_bD.device)]
+            features_bD = features_bD[whole.valid_G[start:stop].to(features_bD.device)]
             scores.append(features_bD @ negatives_KD.T / self.state.config.objective.temperature)
         self.state.batch_norm.discard()
-        self.state.normalizer.observe(scores, valid.total * self._negatives)
+        self.state.normalizer.observe(scores, whole.num_valid * self._negatives)
 
     def _seed_dropout(self, group: int) -> None:
         """Let dropout depend on (seed, step, group) alone."""

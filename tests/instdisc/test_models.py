@@ -56,6 +56,7 @@ def test_running_statistics_move_by_the_average_over_the_groups():
         for images in groups:
             encoder(images)
             grouped.add_group()
+        grouped.start_exchange()
         grouped.finish_step(len(groups), step)
         means = torch.stack([g.mean(dim=(0, 2, 3)) for g in groups]).mean(dim=0)
         variances = torch.stack([g.var(dim=(0, 2, 3), unbiased=True) for g in groups]).mean(dim=0)
