@@ -88,8 +88,11 @@ def image_grid(
     std: Sequence[float],
     *,
     columns: int,
+    enlarge: int = 1,
 ) -> Pixels:
     """Return normalised images as one picture, uint8 (height, width, 3), `columns` images to a row, 2 pixels apart.
+
+    enlarge: every pixel becomes a square of so many pixels, since small images show nothing at their size.
 
     images_BCHW: float32 (B, 3, H, W), (x - mean) / std with x in 0..1; a tensor on any device or an array. Values
     outside 0..1 are cut, not-a-number is black; places without an image are light grey.
@@ -107,6 +110,7 @@ def image_grid(
     shift_C11 = np.asarray(mean, dtype=np.float32)[:, None, None]
     unit_BCHW = np.nan_to_num((pixels_BCHW * scale_C11 + shift_C11), nan=0.0).clip(0, 1)
     bytes_BHWC = np.rint(unit_BCHW * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    bytes_BHWC = bytes_BHWC.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
 
     space = 2
     num_images, height, width, _ = bytes_BHWC.shape

@@ -27,6 +27,7 @@ from instdisc.train.state import TrainState
 from instdisc.train.tensorboard import EventWriter, log_z_advice
 
 _BATCH_IMAGES = 64
+_SHOWN_SIDE = 96  # pixels; smaller images are enlarged
 _NORM_SAMPLE = 65536
 
 
@@ -95,10 +96,14 @@ class Monitor:
         """Write the first batch's images, as the encoder sees them, to TensorBoard."""
         if self._events is not None and not self._batch_shown and len(batch.images_BCHW):
             augment = self._config.augment
-            images_BCHW = batch.images_BCHW[:_BATCH_IMAGES].float().cpu()
-            self._events.image(
-                self._first_step, "data/augmented_batch", image_grid(images_BCHW, augment.mean, augment.std, columns=8)
+            pixels_HWC = image_grid(
+                batch.images_BCHW[:_BATCH_IMAGES],
+                augment.mean,
+                augment.std,
+                columns=8,
+                enlarge=max(1, _SHOWN_SIDE // augment.size),
             )
+            self._events.image(self._first_step, "data/augmented_batch", pixels_HWC)
             self._batch_shown = True
 
     def show(self, state: TrainState, by_rank: Sequence[dict[str, Any]], lr: float) -> None:

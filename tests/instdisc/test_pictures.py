@@ -190,3 +190,11 @@ def test_the_grid_takes_bfloat16_and_cuts_what_is_out_of_range():
 def test_the_grid_refuses_what_is_not_a_batch_of_images():
     with pytest.raises(ValueError, match=r"\(5, 7, 9\)"):
         image_grid(np.zeros((5, 7, 9), np.float32), (0.0,) * 3, (1.0,) * 3, columns=2)
+
+
+def test_enlarged_images_are_squares_of_equal_pixels():
+    images_BCHW = np.random.default_rng(0).random((3, 3, 5, 7), dtype=np.float32)
+    small, large = (image_grid(images_BCHW, (0.0,) * 3, (1.0,) * 3, columns=1, enlarge=e) for e in (1, 3))
+    assert large.shape == (3 * 15 + 4, 21, 3)
+    np.testing.assert_array_equal(large[:15:3, ::3], small[:5])
+    np.testing.assert_array_equal(large[2:15:3, 2::3], small[:5])
