@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+from cluster.environment import environment
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
 from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
@@ -140,17 +141,11 @@ def _start(task: LocalTask, preload: Sequence[str]) -> LocalProcess:
 @contextlib.contextmanager
 def _helper_environment() -> Iterator[None]:
     """What the fork server inherits if it starts now: passive OpenMP, one thread, and no Ctrl-C."""
-    before = {name: os.environ.get(name) for name in thread_environment(1)}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.environ.update(thread_environment(1))
     try:
-        yield
+        with environment(thread_environment(1)):
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 

@@ -26,6 +26,8 @@ from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from cluster.environment import environment
+
 CONNECT_TIMEOUT_S = 6.0
 PROBE_TIMEOUT_S = 3.0
 REMOVE_TIMEOUT_S = 5.0
@@ -83,11 +85,11 @@ def ray_session(address: str | None, num_workers: int, quiet: bool) -> Iterator[
         RayClusterError: nothing answers at `address`.
     """
     if ray.is_initialized():  # the caller's own, for instance around several runs: use it and leave it open
-        with _environment(_TRAIN_ENVIRONMENT), _silence(quiet):
+        with environment(_TRAIN_ENVIRONMENT, overwrite=False), _silence(quiet):
             yield ray.get_runtime_context().gcs_address.startswith(f"{_LOOPBACK}:")
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    with _environment(_TRAIN_ENVIRONMENT), _silence(quiet), _sigterm_as_before():
+    with environment(_TRAIN_ENVIRONMENT, overwrite=False), _silence(quiet), _sigterm_as_before():
         if address is None:
             with _private_ray(num_workers, quiet):
                 yield True
@@ -112,7 +114,7 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it (limit: 107 bytes)
     node = None
     try:
-        with _environment({**_PRIVATE_ENVIRONMENT, **token}):
+        with environment({**_PRIVATE_ENVIRONMENT, **token}, overwrite=False):
             _reread_token()
             parameters = RayParams(
                 num_cpus=max(num_workers, len(os.sched_getaffinity(0))),
@@ -184,19 +186,6 @@ def _probe(address: str) -> None:
         raise RayClusterError(address, reason) from error
     finally:
         channel.close()
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set what the user has not set, and put everything back."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update({name: value for name, value in variables.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
 
 
 @contextlib.contextmanager
