@@ -70,7 +70,8 @@ class TrainState:
         for name, parameter in self.encoder.named_parameters():
             momentum = tensors.get(f"optimizer.momentum.{name}")
             if momentum is not None:
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device)
+                # In the parameter's own layout (channels last): fused SGD goes over both memories side by side.
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         bank = self.bank
         bank.rows.copy_(checkpoint.rows("bank", bank.start, bank.stop))
         bank.last_step.copy_(checkpoint.rows("bank_last_step", bank.start, bank.stop))
