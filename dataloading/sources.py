@@ -40,6 +40,11 @@ def open_dataset(
     if max_rows is not None and max_rows < 1:
         raise DatasetError(f"max_rows: found {max_rows}, expected at least 1, or None for all rows")
     kind = recognise(root) if kind == "auto" else kind
+    if kind == "demo" and root is not None:
+        raise DatasetError(
+            f"kind of data 'demo': found data root {root}, expected none, since code makes those images; leave it "
+            "out, or name another kind ('auto' recognises what the root holds) or recipe"
+        )
     if kind == "demo":
         return _open_demo(split, max_rows, index)
     if kind == "folder":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from instdisc.config import TrainConfig
-    from instdisc.fit import fit
+    from instdisc.launch import fit
     from instdisc.loading import Bank, load_bank, load_encoder
     from instdisc.recipes import recipe
     from instdisc.runs import RunResult
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "TrainConfig": "instdisc.config",
-    "fit": "instdisc.fit",
+    "fit": "instdisc.launch",
     "Bank": "instdisc.loading",
     "load_bank": "instdisc.loading",
     "load_encoder": "instdisc.loading",
@@ -37,4 +37,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'instdisc' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return found

@@ -15,6 +15,7 @@ HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "memory", "dali", "torch")
+SPLITS = ("train", "test")
 SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
 
 
@@ -53,6 +54,9 @@ class DataConfig:
         check(
             "data",
             ("kind", self.kind, self.kind in SOURCE_KINDS, f"one of {', '.join(SOURCE_KINDS)}"),
+            ("root", self.root, self.root is None or bool(self.root.strip()), "a folder (an empty text is none)"),
+            ("train_split", self.train_split, self.train_split in SPLITS, f"one of {', '.join(SPLITS)}"),
+            ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("order", self.order, self.order == "permutation", "permutation"),
             ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),
@@ -199,6 +203,9 @@ class OptimConfig:
             ("schedule", self.schedule, self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("nesterov", self.nesterov, not self.nesterov or self.momentum > 0, "false where momentum is 0"),
             ("warmup_epochs", self.warmup_epochs, self.warmup_epochs >= 0, "at least 0"),
+            ("final_lr", self.final_lr, self.final_lr >= 0, "at least 0"),
+            ("gamma", self.gamma, self.gamma > 0, "more than 0"),
+            ("milestones", self.milestones, list(self.milestones) == sorted(self.milestones), "rising epochs"),
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cluster.checkpoint import Checkpoint, read_latest
 from dataloading.augment import eval_windows
+from dataloading.headers import decode
 from instdisc.config import TrainConfig
 from instdisc.evaluate.knn import nearest
 from instdisc.models import build_encoder
@@ -35,7 +36,7 @@ class RunEncoder(nn.Module):
         side, resize = self.config.eval.crop, self.config.eval.resize
         (anchor,), (size,) = eval_windows([image.height], [image.width], resize=resize, crop=side)
         (top, left), (height, width) = anchor.tolist(), size.tolist()
-        crop = image.convert("RGB").resize(
+        crop = Image.fromarray(decode(image)).resize(
             (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
         )
         mean, std = np.array(self.config.augment.mean), np.array(self.config.augment.std)
@@ -79,5 +80,5 @@ def _newest(uri: str) -> tuple[TrainConfig, Checkpoint]:
     run = existing_run(uri)
     config, checkpoint = run.config(), read_latest(run.checkpoints())
     if config is None or checkpoint is None:
-        raise RunError(f"run {uri} has no checkpoint yet: wait for its first, or train it further")
+        raise RunError(f"run {uri} has no checkpoint: wait for its first, or put its folder checkpoints back")
     return config, checkpoint

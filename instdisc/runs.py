@@ -16,6 +16,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ class RunResult:
     """What a run came to.
 
     metrics: curves by name, each a list of (step, value): "knn_top1" (gallery re-encoded by the present encoder),
-    "knn_bank_top1" (gallery = the memory bank), "loss". finished: False where it was stopped before the end.
+    "knn_bank_top1" (gallery = the memory bank), "knn_raw_pixels_top1" (normalised pixels, where they are in memory and
+    `eval.baselines` asks for them), all in percent. finished: False where it was stopped before the end.
     """
 
     uri: str
@@ -73,24 +76,39 @@ class Run:
     def config(self) -> TrainConfig | None:
         """Return the stored configuration, None before the first start."""
         text = self._read(CONFIG)
-        return None if text is None else TrainConfig.from_json(text)
+        if text is None:
+            return None
+        with self._readable(CONFIG):
+            return TrainConfig.from_json(text)
 
-    def agree_on_config(self, asked: TrainConfig) -> TrainConfig:
+    def agree_on_config(self, asked: TrainConfig, *, workers: int = 1) -> TrainConfig:
         """Store the configuration at the first start; later return `asked` with what the first start decided.
 
-        Raises ConfigError where a field differs that may not change when a run goes on.
+        What may change when a run goes on is stored as well. A start that never saw its images decided nothing.
+        workers: of this start; the normalisation group follows from it if none is asked for. Raises ConfigError where
+        a field differs that may not change.
         """
-        if self.store.create(CONFIG, asked.to_json().encode()):
-            return asked
+        agreed = asked if asked.optim.norm_group is not None else _with_norm_group(asked, max(1, workers))
+        if self.store.create(CONFIG, agreed.to_json().encode()):
+            return agreed
+        if self.store.exists(DIGEST):
+            group = self.require_same_config(asked).optim.norm_group
+            agreed = asked.with_overrides({"optim.norm_group": group})
+        self.store.put(CONFIG, agreed.to_json().encode())
+        return agreed
+
+    def require_same_config(self, asked: TrainConfig) -> TrainConfig:
+        """Return the stored configuration; raise ConfigError where `asked` differs in what may not change."""
         stored = self.config()
-        assert stored is not None
+        if stored is None:
+            raise RunError(f"run {self.uri} has no {CONFIG}: it is damaged. Put the file back, or give another --run")
         differences = resume_differences(stored, asked)
         if differences:
             raise ConfigError(
                 f"run {self.uri} was started with another configuration:\n  " + "\n  ".join(differences) + "\n"
                 "Ask for the same values, or give another --run for a new run."
             )
-        return asked.with_overrides({"optim.norm_group": stored.optim.norm_group})
+        return stored
 
     def agree_on_dataset(self, index: DatasetIndex) -> None:
         """Store the index at the first start; later raise RunError where the images are no longer the same."""
@@ -102,8 +120,9 @@ class Run:
                 self.store.put(INDEX, path.read_bytes())
         if self.store.create(DIGEST, digest):
             return
-        stored = json.loads(self.store.get(DIGEST))
-        if stored["digest"] != index.digest:
+        with self._readable(DIGEST):
+            stored = json.loads(self.store.get(DIGEST))["digest"]
+        if stored != index.digest:
             difference = self.index().difference(index)
             raise RunError(
                 f"run {self.uri} was started on other images: {difference or 'the digest differs'}. Every image has "
@@ -123,8 +142,9 @@ class Run:
         text = self._read(RESULTS)
         if text is None:
             return None
-        document = json.loads(text)
-        return RunResult(**{**document, "uri": self.uri, "metrics": read_curves(document["metrics"])})
+        with self._readable(RESULTS):
+            document = json.loads(text)
+            return RunResult(**{**document, "uri": self.uri, "metrics": read_curves(document["metrics"])})
 
     def finish(self, result: RunResult) -> None:
         """Mark the run as finished."""
@@ -139,9 +159,33 @@ class Run:
 
     def _read(self, key: str) -> str | None:
         try:
-            return self.store.get(key).decode()
+            data = self.store.get(key)
         except ObjectMissingError:
             return None
+        with self._readable(key):
+            return data.decode()
+
+    @contextmanager
+    def _readable(self, key: str) -> Iterator[None]:
+        """Say which object it is whose text is not what this version writes."""
+        try:
+            yield
+        except OSError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise RunError(
+                f"{key} of run {self.uri} cannot be read: {error}. Expected what instdisc wrote there; put it back "
+                "from a copy, or use the version of instdisc that wrote it"
+            ) from error
+
+
+def _with_norm_group(config: TrainConfig, workers: int) -> TrainConfig:
+    """Return the configuration with a normalisation group that gives each worker one, and no group a single image."""
+    batch = config.optim.global_batch
+    group = max(2, -(-batch // workers))
+    while batch % group == 1:
+        group += 1
+    return config.with_overrides({"optim.norm_group": group})
 
 
 def read_curves(curves: dict[str, list[Any]]) -> dict[str, list[tuple[int, float]]]:

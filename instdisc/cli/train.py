@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
-from instdisc.fit import LAUNCHERS, fit
+from instdisc.launch import LAUNCHERS, fit
 from instdisc.overrides import field_names
 from instdisc.recipes import RECIPES, recipe
 from instdisc.runs import NEIGHBOURS, Run, RunResult

@@ -25,7 +25,7 @@ def knn_classify(
     temperature: float = 0.07,
     num_classes: int,
 ) -> Tensor:
-    """Return the votes of the k nearest gallery rows, float32 (B, C): w_c = sum over neighbours of class c of exp(s/τ).
+    """Return the votes of the k nearest gallery rows, float64 (B, C): w_c = sum over neighbours of class c of exp(s/τ).
 
     queries_BD, gallery_ND: any length, compared by cosine. labels_N: int64. k is cut to N.
     """
@@ -43,6 +43,9 @@ def nearest(queries_BD: Tensor, gallery_ND: Tensor, k: int) -> tuple[Tensor, Ten
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
+_MAX_LOGIT = 690.0
+
+
 @dataclass(frozen=True)
 class Neighbours:
     """The k nearest gallery rows of each query: cosines, row numbers of the whole gallery, and their labels."""
@@ -52,7 +55,7 @@ class Neighbours:
     labels_Bk: Tensor
 
     def votes(self, temperature: float, num_classes: int) -> Tensor:
-        """Return the weighted votes, float32 (B, C)."""
+        """Return the weighted votes, float64 (B, C)."""
         return _votes(self.scores_Bk, self.labels_Bk, temperature, num_classes)
 
 
@@ -77,5 +80,8 @@ def top1(votes_BC: Tensor, labels_B: Tensor) -> float:
 
 
 def _votes(scores_Bk: Tensor, labels_Bk: Tensor, temperature: float, num_classes: int) -> Tensor:
-    votes_BC = torch.zeros((len(scores_Bk), num_classes), device=scores_Bk.device)
-    return votes_BC.scatter_add_(1, labels_Bk, (scores_Bk / temperature).exp())
+    votes_BC = torch.zeros((len(scores_Bk), num_classes), dtype=torch.float64, device=scores_Bk.device)
+    logits_Bk = scores_Bk.double() / temperature
+    # exp overflows float64 above 709; a factor for each query changes no order among its classes.
+    too_much_B1 = (logits_Bk.amax(dim=1, keepdim=True) - _MAX_LOGIT).clamp(min=0)
+    return votes_BC.scatter_add_(1, labels_Bk, (logits_Bk - too_much_B1).exp())

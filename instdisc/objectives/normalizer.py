@@ -48,12 +48,15 @@ class Normalizer:
         Z is N times the mean of exp(v_k.v / τ) over the samples and negatives of all ranks (section 3.2). The first
         call sets it, so it comes before the first loss; later ones move the running estimate.
         """
+        if num_scores == 0:
+            return  # on every rank: a batch of damaged images alone says nothing of Z
         # Scores of unit vectors are at most 1/τ, so with that shift no exponential overflows on any rank.
         total = torch.zeros((), dtype=torch.float64, device=self._running.device)
         for part in scores:
-            total += (part - self._shift).exp().sum(dtype=torch.float64)
+            # The exponential in float64: at small τ it is below the least float32.
+            total += (torch.logsumexp(part.flatten(), dim=0).double() - self._shift).exp()
         total = all_reduce_sum(total, self._group)
-        estimate = self._log_num_rows + self._shift + torch.log(total / max(1, num_scores))
+        estimate = self._log_num_rows + self._shift + torch.log(total / num_scores)
         if not self.started:
             self._constant, self._running, self.started = estimate, estimate.clone(), True
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from cluster.checkpoint import Checkpointer
@@ -11,7 +12,7 @@ from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
 from dataloading.sources import open_dataset
 from instdisc.config import TrainConfig
-from instdisc.runs import NEIGHBOURS, Run, RunResult
+from instdisc.runs import NEIGHBOURS, Run, RunError, RunResult
 from instdisc.schedule import learning_rate, num_steps
 from instdisc.train.evaluation import Evaluation, KnnEvaluator
 from instdisc.train.metrics import check_finite, finite_or_none
@@ -32,7 +33,12 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     """
     config = TrainConfig.from_json(config_json)
     run = Run(uri)
-    train_set, test_set = open_sets(config)
+    train_set, test_set = open_sets(
+        config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
+    )
+    require_same_images(worker, train_set, test_set)
+    if train_set.index.num_rows < 2:
+        raise DatasetError(f"{train_set.index.source}: found 1 image, expected at least 2: they are told apart")
     if worker.rank == 0:
         run.agree_on_dataset(train_set.index)
     worker.all_gather_object("the images are those of the run")
@@ -43,13 +49,30 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
         training.close()
 
 
-def open_sets(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
-    """Return the training images and the test images, None where there are none."""
+def require_same_images(worker: Worker, train_set: Dataset, test_set: Dataset | None) -> None:
+    """Raise RunError where the ranks have different images, as with a stale copy on one machine. Collective."""
+    own = [
+        None if dataset is None else [dataset.index.num_rows, dataset.index.digest] for dataset in (train_set, test_set)
+    ]
+    by_rank = worker.all_gather_object(own)
+    for rank, other in enumerate(by_rank):
+        for name, first, found in zip(("training", "test"), by_rank[0], other, strict=True):
+            if first != found:
+                raise RunError(
+                    f"rank {rank} has other {name} images than rank 0 (rows and digest): found {found}, expected "
+                    f"{first}. Give every machine the same data root"
+                )
+
+
+def open_sets(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> tuple[Dataset, Dataset | None]:
+    """Return the training images and the test images, None where there are none; `on_missing` is told why."""
     data = config.data
     train_set = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows)
     try:
         return train_set, open_dataset(data.kind, data.root, data.test_split, max_rows=data.max_test_rows)
-    except DatasetError:
+    except DatasetError as error:
+        if on_missing:
+            on_missing(str(error))
         return train_set, None
 
 
@@ -181,7 +204,9 @@ class Training:
             return None
         evaluation = self.evaluator.evaluate(self.state)
         for name, value in evaluation.scores.items():
-            self.state.curves.setdefault(name, []).append((self.state.step, value))
+            # A run that was killed before it said that it was finished evaluates its last step again.
+            earlier = [point for point in self.state.curves.get(name, []) if point[0] != self.state.step]
+            self.state.curves[name] = [*earlier, (self.state.step, value)]
         self.monitor.show_evaluation(self.state, evaluation, self.train_set, self.test_set)
         return evaluation
 

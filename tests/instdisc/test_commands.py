@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from PIL import Image
 from tiny_data import write_cifar10
 
 import instdisc
+from cluster.worker import run_local
 from instdisc.cli.main import main
 from instdisc.runs import Run
+from instdisc.train.loop import open_sets, require_same_images
 
 TINY = [
     *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
@@ -128,6 +131,11 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--optim.lr"], "no value after it"),
         (["train", "--workers", "-3"], "workers: found -3"),
         (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["train", "--data.root", "/tmp"], "since code makes those images"),
+        (["train", "cifar10-cpu", "--data.root", ""], "data.root: found ''"),
+        (["train", "--data.test_split", "tset"], "data.test_split: found 'tset', expected one of train, test"),
+        (["train", "--run", "memory://run", "--workers", "2"], "memory that ends with each process"),
+        (["train", "--optim.final_lr", "-5"], "optim.final_lr: found -5.0, expected at least 0"),
         (["show", "/nowhere/run"], "no run at /nowhere/run"),
         (["index", "/nowhere/images"], "/nowhere/images"),
     ],
@@ -167,6 +175,54 @@ def test_a_run_whose_images_changed_is_refused_with_what_differs(tmp_path, capsy
     printed = capsys.readouterr().err
     assert "was started on other images" in printed
     assert "97" in printed
+
+
+def test_a_start_that_found_no_images_decides_nothing(root, tmp_path, capsys):
+    uri = str(tmp_path / "run")
+    assert main(["train", "cifar10-cpu", "--workers", "0", "--run", uri, "--data.root", str(root / "nowhere")]) == 2
+    assert train(root, uri, "--data.kind", "folder") == 2
+    assert train(root, uri, "--objective.temperature", "0.3") == 0
+    assert train(root, uri, "--objective.temperature", "0.3", "--eval.k", "3") == 0
+    assert "eval.k not applied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"data": []}', '{"metrics": {"a": 3}}', "\xff"])
+def test_a_damaged_file_of_a_run_is_named(name, text, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(text.encode("latin-1"))
+    assert main(["show", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr().err
+    assert f"{name} of run {tmp_path / 'run'} cannot be read" in printed
+    assert "Traceback" not in printed
+
+
+def test_moved_images_are_found_by_later_commands(tmp_path, capsys):
+    root = write_cifar10(tmp_path / "data", 96, 20)
+    uri = str(tmp_path / "run")
+    assert train(root, uri) == 0
+    (tmp_path / "run" / "results.json").unlink()
+    root.rename(tmp_path / "moved")
+    assert train(tmp_path / "moved", uri) == 0
+    assert main(["knn", uri]) == 0
+    curve = Run(uri).result().metrics["knn_top1"]
+    assert len({step for step, _ in curve}) == len(curve)
+
+
+def test_ranks_with_other_images_are_told(tmp_path):
+    places = [str(write_cifar10(tmp_path / str(rank), 96 + rank, 20)) for rank in range(2)]
+    with pytest.raises(Exception, match="rank 1 has other training images than rank 0"):
+        run_local(open_own_images, 2, places)
+
+
+def open_own_images(worker, places):
+    config = instdisc.recipe("cifar10-cpu", **{"data.root": places[worker.rank], "data.max_rows": None})
+    require_same_images(worker, *open_sets(config))
+
+
+def test_the_python_interface_stays_what_it_is():
+    assert instdisc.fit is instdisc.fit
+    assert callable(instdisc.fit)
 
 
 def test_a_run_that_cannot_be_written_is_told(root, tmp_path, capsys):

@@ -64,3 +64,20 @@ def test_a_sharded_gallery_has_the_neighbours_of_the_whole_one():
         torch.testing.assert_close(found_scores_Bk, scores_Bk)
         assert torch.equal(found_rows_Bk, indices_Bk)
         assert torch.equal(found_labels_Bk, labels(61)[indices_Bk])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005, 0.001])
+def test_a_small_temperature_is_the_vote_of_the_nearest(temperature):
+    generator = torch.Generator().manual_seed(0)
+    gallery_ND, queries_BD = (
+        torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1) for n in (200, 50)
+    )
+    labels_N = torch.randint(5, (200,), generator=generator)
+    scores_BC = knn_classify(queries_BD, gallery_ND, labels_N, k=20, temperature=temperature, num_classes=5)
+    assert scores_BC.isfinite().all()
+    scores_BN = (queries_BD @ gallery_ND.T).double()
+    votes_BC = torch.zeros(50, 5, dtype=torch.float64)
+    for b in range(50):
+        for n in scores_BN[b].topk(20).indices:
+            votes_BC[b, labels_N[n]] += torch.exp((scores_BN[b, n] - scores_BN[b].max()) / temperature)
+    assert (scores_BC.argmax(dim=1) == votes_BC.argmax(dim=1)).all()

@@ -51,7 +51,7 @@ def may_mount(folder):
 
 
 def can_run_python(environment, user):
-    probe = [sys.executable, "-c", "import instdisc.fit"]
+    probe = [sys.executable, "-c", "import instdisc.launch"]
     try:
         return subprocess.run(probe, env=environment, capture_output=True, check=False, **user).returncode == 0
     except PermissionError:

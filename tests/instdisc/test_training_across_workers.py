@@ -14,7 +14,7 @@ from cluster.checkpoint import read_latest
 from cluster.worker import Worker, run_local
 from dataloading.stream import last_steps
 from instdisc.config import TrainConfig
-from instdisc.fit import train_worker
+from instdisc.launch import train_worker
 from instdisc.recipes import recipe
 from instdisc.runs import Run
 

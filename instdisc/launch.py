@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from instdisc.config import TrainConfig
+from dataloading.listing import existing_root
+from instdisc.config import TrainConfig, flatten
 from instdisc.config_sections import ConfigError
 from instdisc.runs import Run, RunResult, read_curves
 
@@ -39,13 +40,18 @@ def fit(
         raise ConfigError(f"launcher: found {launcher!r}, expected one of {', '.join(LAUNCHERS)}")
     if workers < 0:
         raise ConfigError(f"workers: found {workers}, expected 0 (this process) or more")
+    if run.startswith("memory://") and workers > 0:
+        raise ConfigError(f"run {run}: found memory that ends with each process, expected a folder or a remote URI")
     place = Run(absolute(run))
     if config.data.root is not None:
         config = config.with_overrides({"data.root": absolute(config.data.root)})
-    config = place.agree_on_config(with_norm_group(config, max(1, workers), place))
+    if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
+        existing_root(config.data.root, config.data.kind, os.path.exists)  # here, not after half a minute of start-up
     done = place.result()
     if done is not None:
+        _say_what_is_not_applied(config, place, on_event)
         return done
+    config = place.agree_on_config(config, workers=workers)
     outcome = _launch(config, place.uri, workers, launcher, address, on_event)
     finished = place.result()
     if finished is not None:
@@ -53,15 +59,14 @@ def fit(
     return RunResult(**{**outcome, "uri": place.uri, "metrics": read_curves(outcome["metrics"])})
 
 
-def with_norm_group(config: TrainConfig, workers: int, place: Run) -> TrainConfig:
-    """Return the configuration with its normalisation group decided, if this is the run's first start."""
-    if config.optim.norm_group is not None or place.config() is not None:
-        return config
-    batch = config.optim.global_batch
-    group = max(2, -(-batch // workers))
-    while batch % group == 1:
-        group += 1
-    return config.with_overrides({"optim.norm_group": group})
+def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent | None) -> None:
+    """Refuse another configuration than the finished run's, and tell of harmless differences."""
+    stored = place.require_same_config(config)
+    before, now = flatten(stored), flatten(config)
+    changed = [name for name in now if name.startswith("eval.") and before[name] != now[name]]
+    if changed and on_event:
+        text = f"the run is finished: {', '.join(changed)} not applied; `instdisc knn {place.uri}` evaluates anew"
+        on_event({"kind": "message", "text": text})
 
 
 def _launch(
