@@ -109,3 +109,15 @@ def test_the_running_z_follows_while_the_constant_one_stays_and_both_survive_a_r
     again.load_state_dict(running.state_dict())
     assert again.log_z.item() == running.log_z.item()
     assert again.state_dict() == running.state_dict()
+
+
+@pytest.mark.parametrize("kind", ["constant", "ema"])
+def test_a_batch_of_damaged_images_alone_leaves_z_as_it_was(kind):
+    normalizer = Normalizer(kind=kind, decay=0.5, num_rows=10, temperature=0.01, device=torch.device("cpu"))
+    normalizer.observe([torch.empty(0, 3)], 0)
+    assert not normalizer.started
+    normalizer.observe([torch.full((2, 3), -60.0), torch.empty(0, 3)], 6)
+    assert normalizer.log_z.item() == pytest.approx(math.log(10) - 60)
+    normalizer.observe([torch.empty(0, 3)], 0)
+    assert normalizer.log_z.item() == pytest.approx(math.log(10) - 60)
+    assert normalizer.running_log_z.isfinite()
