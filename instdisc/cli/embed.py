@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
+
+from instdisc.cli.output import output_file
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -30,9 +31,7 @@ def run(options: argparse.Namespace) -> int:
     from instdisc.loading import load_encoder
     from instdisc.progress import Progress
 
-    out = Path(options.out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: found no folder {out.parent}, expected one; make it first")
+    out = output_file(options.out)
     encoder = load_encoder(options.uri, device="auto")
     data = encoder.config.data
     if options.source:

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from instdisc.cli.output import output_file
 from instdisc.config_sections import SOURCE_KINDS
 
 
@@ -27,9 +28,10 @@ def run(options: argparse.Namespace) -> int:
     from dataloading.sources import open_dataset
 
     started_s = time.monotonic()
+    out = output_file(options.out) if options.out else None
     index = open_dataset(options.kind, options.source, options.split).index
-    if options.out:
-        index.save(options.out)
+    if out:
+        index.save(out)
     document = {
         "source": index.source,
         "num_rows": index.num_rows,

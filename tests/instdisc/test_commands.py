@@ -136,6 +136,12 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--data.test_split", "tset"], "data.test_split: found 'tset', expected one of train, test"),
         (["train", "--run", "memory://run", "--workers", "2"], "memory that ends with each process"),
         (["train", "--optim.final_lr", "-5"], "optim.final_lr: found -5.0, expected at least 0"),
+        (
+            ["train", "--model.architecture", "alexnet", "--data.max_rows", "20"],
+            "augment.size: found 32, which is too small",
+        ),
+        (["embed", "/nowhere/run", "--out", "/tmp"], "--out /tmp: found a folder"),
+        (["index", "/nowhere/images", "--out", "/tmp"], "--out /tmp: found a folder"),
         (["show", "/nowhere/run"], "no run at /nowhere/run"),
         (["index", "/nowhere/images"], "/nowhere/images"),
     ],
