@@ -48,6 +48,8 @@ def config_for(objective: str, root: str, steps: int = STEPS, norm_group: int = 
             "objective.proximal_weight": 0.1,
             "optim.epochs": steps * GLOBAL_BATCH / NUM_ROWS,
             "optim.lr": 0.01,
+            # A long warm-up would leave four steps with weights that have hardly moved: nothing to compare.
+            "optim.warmup_epochs": 1,
             "optim.global_batch": GLOBAL_BATCH,
             "optim.norm_group": norm_group,
             "eval.k": 5,
