@@ -122,7 +122,7 @@ def test_the_weights_have_moved_far_beyond_the_tolerance(runs, objective):
 def recipe_start(objective):
     from instdisc.models import build_encoder
 
-    encoder = build_encoder(config_for(objective, "").model, 0)
+    encoder = build_encoder(config_for(objective, "anywhere").model, 0)
     return {f"model.{name}": value.detach() for name, value in encoder.named_parameters()}
 
 
