@@ -25,6 +25,8 @@ from instdisc.config_sections import (
 )
 from instdisc.overrides import apply_overrides, from_plain
 
+# torch 2.15.0 on a CPU (2026-11-23): the backward pass of channels_last networks of 4, 5 or 6 channels hangs or kills
+# the process (signals 6 and 11); with 8, 10, 12 and 16 it runs.
 MIN_CHANNELS_LAST = 8
 
 

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dataloading.listing import SPLIT_NAMES
+
 ARCHITECTURES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16"),
     *("resnet-small", "convnet-small"),
@@ -15,7 +17,7 @@ HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "memory", "dali", "torch")
-SPLITS = ("train", "test")
+SPLITS = tuple(SPLIT_NAMES)
 SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
 
 

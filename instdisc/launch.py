@@ -45,12 +45,12 @@ def fit(
     place = Run(absolute(run))
     if config.data.root is not None:
         config = config.with_overrides({"data.root": absolute(config.data.root)})
-    if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
-        existing_root(config.data.root, config.data.kind, os.path.exists)  # here, not after half a minute of start-up
     done = place.result()
     if done is not None:
         _say_what_is_not_applied(config, place, on_event)
         return done
+    if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
+        existing_root(config.data.root, config.data.kind, os.path.exists)  # here, not after half a minute of start-up
     config = place.agree_on_config(config, workers=workers)
     outcome = _launch(config, place.uri, workers, launcher, address, on_event)
     finished = place.result()

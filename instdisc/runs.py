@@ -170,8 +170,6 @@ class Run:
         """Say which object it is whose text is not what this version writes."""
         try:
             yield
-        except OSError:
-            raise
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise RunError(
                 f"{key} of run {self.uri} cannot be read: {error}. Expected what instdisc wrote there; put it back "

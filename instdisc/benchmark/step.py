@@ -27,15 +27,12 @@ from instdisc.benchmark.peak_memory import HOW, peak_bytes
 from instdisc.benchmark.plain_data import PlainData, PlainDataSettings, plain_data_settings
 from instdisc.benchmark.plain_loop import NEGATIVES, PlainLoop, PlainSettings, plain_settings
 from instdisc.benchmark.timed_steps import LoaderBatches, PreparedBatches, Source, TimedSteps
-from instdisc.config import TrainConfig
+from instdisc.config import MIN_CHANNELS_LAST, TrainConfig
 from instdisc.train.plan import BatchPlan
 from instdisc.train.state import build_state
 from instdisc.train.step import Stepper
 
 NUM_PREPARED, SWEEP_ROUNDS, MOST_SWEEP_STEPS = 4, 3, 5
-# torch 2.15.0 on a CPU (2026-11-23): the backward pass of channels_last networks of 4, 5 or 6 channels hangs or kills
-# the process (signals 6 and 11); with 8, 10, 12 and 16 it runs.
-SAFE_CHANNELS = 8
 MADE_UP_ROWS, MADE_UP_BYTES = 50_000, 2**30
 
 
@@ -103,9 +100,9 @@ class _Bench:
         """Return the alternative's fastest settings for a form of negatives, and the whole sweep."""
         tried = {s.name: s for s in plain_settings(form, with_compile=self.benchmark.full_sweep)}
         self.say(f"sweep of the plain loop's settings ({self._form(form)}):")
-        if self.worker.device.type == "cpu" and _too_narrow_for_channels_last(self.config):
+        if self.worker.device.type == "cpu" and self.config.model.min_channels < MIN_CHANNELS_LAST:
             tried = {name: s for name, s in tried.items() if not s.channels_last}
-            self.say(f"  channels_last: left out, torch crashes on CPUs with fewer than {SAFE_CHANNELS} channels")
+            self.say(f"  channels_last: left out, torch crashes on CPUs with fewer than {MIN_CHANNELS_LAST} channels")
         best, swept = self._sweep({name: self._plain_builder(settings) for name, settings in tried.items()})
         return tried[best], swept
 
@@ -263,10 +260,6 @@ def _open_images(benchmark: StepBenchmark) -> Dataset:
     coarse = generator.integers(0, 256, (num_rows, -(-size // 4), -(-size // 4), 3), dtype=np.uint8)
     pixels_NHWC = np.ascontiguousarray(coarse.repeat(4, axis=1).repeat(4, axis=2)[:, :size, :size])
     return dataset_of_pixels("made-up images", pixels_NHWC, None, (), (f"made-up/{row}" for row in range(num_rows)))
-
-
-def _too_narrow_for_channels_last(config: TrainConfig) -> bool:
-    return config.model.architecture == "resnet-small" and config.model.width < SAFE_CHANNELS
 
 
 def _make_loader(config: TrainConfig, dataset: Dataset, worker: Worker):

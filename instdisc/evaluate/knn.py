@@ -15,6 +15,8 @@ from cluster.collectives import Group, all_gather_rows, gather_counts
 
 _QUERY_BLOCK_SCORES = 2**24
 
+_MAX_LOGIT = 690.0
+
 
 def knn_classify(
     queries_BD: Tensor,
@@ -41,9 +43,6 @@ def nearest(queries_BD: Tensor, gallery_ND: Tensor, k: int) -> tuple[Tensor, Ten
     block = max(1, _QUERY_BLOCK_SCORES // max(1, len(gallery_ND)))
     parts = [torch.topk(part_bD @ gallery_ND.T, k, dim=1) for part_bD in queries_BD.split(block)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
-
-
-_MAX_LOGIT = 690.0
 
 
 @dataclass(frozen=True)

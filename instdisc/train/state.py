@@ -128,8 +128,8 @@ def require_fitting_images(encoder: Encoder, config: TrainConfig, device: torch.
             encoder(torch.zeros((1, 3, side, side), device=device))
         except RuntimeError as error:
             raise ConfigError(
-                f"{name}: found {side}, which is too small for {config.model.architecture} ({error}); expected larger "
-                "images (224 for the nets of ImageNet)"
+                f"{name}: found {side}, which {config.model.architecture} cannot take ({error}); expected larger "
+                "images, 224 for the nets of ImageNet"
             ) from error
     encoder.train()
 

@@ -138,7 +138,7 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--optim.final_lr", "-5"], "optim.final_lr: found -5.0, expected at least 0"),
         (
             ["train", "--model.architecture", "alexnet", "--data.max_rows", "20"],
-            "augment.size: found 32, which is too small",
+            "augment.size: found 32, which alexnet cannot take",
         ),
         (["embed", "/nowhere/run", "--out", "/tmp"], "--out /tmp: found a folder"),
         (["index", "/nowhere/images", "--out", "/tmp"], "--out /tmp: found a folder"),
