@@ -21,6 +21,7 @@ class Mailbox:
         self._stop = asyncio.Event()
         self._rendezvous = asyncio.Event()
         self._address = ("", 0)
+        self._controller: Any = None
 
     async def put(self, event: str) -> None:
         """A worker's event, as JSON text."""
@@ -36,6 +37,14 @@ class Mailbox:
     async def take(self) -> tuple[list[str], list[Failure]]:
         """The events since the last call, and all failures so far."""
         return self._outbox.take_all(), self._failures
+
+    async def controller_started(self, controller: Any) -> None:
+        """The handle of the actor in which Ray Train runs its loop; Ray Train itself does not hand it out."""
+        self._controller = controller
+
+    async def controller(self) -> Any:
+        """What `controller_started` was told; None before."""
+        return self._controller
 
     async def request_stop(self) -> None:
         """The driver was asked to end the run in an orderly way."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -23,6 +26,7 @@ from cluster.ray_worker import RayTask, WorkerBackendConfig
 
 POLL_INTERVAL_S = 0.2
 MAILBOX_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 15.0
 
 
 class RayRun:
@@ -46,19 +50,36 @@ class RayRun:
         """Run to the end, hand out events on the way, return rank 0's result or raise what went wrong."""
         thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         thread.start()
+        try:
+            failures = self._watch(thread)
+            if failures or self._error:
+                raise self._cause(failures)
+            return self._result
+        finally:
+            self._end(thread)
+
+    def _watch(self, thread: threading.Thread) -> list[Failure]:
+        """Pass events and the wish to stop on until the end or a failure's cause is known; all failures so far."""
         stop_sent = False
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
             failures = self._take()
             if any(not failure.is_echo() for failure in failures):
-                break  # the cause is known; Ray Train would find out later
+                return failures  # Ray Train would find out later
             if self._interrupts.requested and not stop_sent:
                 stop_sent = True
                 self._mailbox.request_stop.remote()
-        failures = self._take()
-        if failures or self._error:
-            raise self._cause(failures)
-        return self._result
+        return self._take()
+
+    def _end(self, thread: threading.Thread) -> None:
+        """End what still runs, first of all the thread: Ray ends a process in which one uses it after its shutdown."""
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(RayError):
+                controller: Any = ray.get(self._mailbox.controller.remote(), timeout=END_TIMEOUT_S)
+                if controller is not None:
+                    ray.kill(controller)  # and with it its workers
+            thread.join(POLL_INTERVAL_S)
 
     def _fit(self) -> None:
         try:
@@ -87,6 +108,16 @@ class RayRun:
             return root_cause(failures).to_exception()
         assert self._error is not None
         return self._error
+
+
+class _TellController(ControllerCallback):
+    """Tells the mailbox the handle of Ray Train's controller."""
+
+    def __init__(self, mailbox: Any):
+        self._mailbox = mailbox
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._mailbox.controller_started.remote(ray.get_runtime_context().current_actor)
 
 
 class _PrivateTrainer(DataParallelTrainer):
@@ -120,6 +151,10 @@ def start_run(
             task.run,
             backend_config=WorkerBackendConfig(),
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=task.use_gpu),
-            run_config=RunConfig(storage_path=folder, failure_config=FailureConfig(max_failures=0)),
+            run_config=RunConfig(
+                storage_path=folder,
+                failure_config=FailureConfig(max_failures=0),
+                callbacks=[_TellController(task.mailbox)],  # pyright: ignore[reportArgumentType] - too narrow
+            ),
         )
         return RayRun(trainer, task.mailbox, interrupts, on_event).finish()

@@ -49,7 +49,7 @@ def fail_on_rank_1(worker):
 
 
 DRIVER = """
-import json, psutil, signal
+import json, psutil, signal, threading
 from cluster.ray_session import ray_session
 from cluster.ray_trainer import run_on_ray
 from test_ray_trainer import RecipeError, fail_on_rank_1, sum_ranks
@@ -68,11 +68,12 @@ if __name__ == "__main__":
             run_on_ray(fail_on_rank_1, 2)
         except RecipeError as caught:
             error = [caught.name, *caught.__notes__]
+        threads = [thread.name for thread in threading.enumerate()]  # one that uses a Ray shut down ends the process
     started.extend(psutil.Process().children(recursive=True))
     _, left = psutil.wait_procs(started, timeout=5)
     left = [process.name() for process in left]
     restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    report = {"result": result, "events": events, "error": error, "restored": restored}
+    report = {"result": result, "events": events, "error": error, "restored": restored, "threads": threads}
     print(json.dumps({**report, "num_started": len(started), "left": left}))
 """
 
@@ -101,6 +102,7 @@ def test_a_run_on_a_private_ray(tmp_path):
     assert report["num_started"] >= 6  # gcs_server, raylet, mailbox, controller, two workers
     assert report["left"] == []
     assert report["restored"]
+    assert "ray-train" not in report["threads"]
 
 
 @pytest.mark.parametrize("address", ["nonsense", "http://127.0.0.1:8265", "127.0.0.1:port", ":6379"])
