@@ -6,6 +6,10 @@ Python form of the archives is pickled and never read: unpickling runs whatever 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,17 +73,13 @@ KINDS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 def open_cifar(
     kind: CifarKind,
-    root: str | None,
+    path: Path,
     split: str,
     *,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
-    download: bool = False,
 ) -> Dataset:
-    """Return the images of one of the two data sets. Arguments and errors as `dataloading.sources.open_dataset`."""
-    if download and root is not None and _folder(Path(root), kind, split) is None:
-        _download(kind, Path(root))
-    path = existing_root(root, kind.folder)
+    """Return the images in `path`, which `cifar_root` found. The rest as `dataloading.sources.open_dataset`."""
     folder = _folder(path, kind, split)
     if folder is None:
         raise _missing(kind, path, split)
@@ -128,16 +128,61 @@ def _records(
         yield name, raw.reshape(num_records, record_bytes)
 
 
+def cifar_root(kind: CifarKind, root: str | None, *, download: bool = False) -> Path:
+    """Return the data root as an absolute path. download: fetch the images first where it is missing or empty.
+
+    Several processes may ask at once. Raises DatasetError, with what to do by hand.
+    """
+    if root is None:
+        return existing_root(root, kind.folder)
+    path = Path(root).absolute()
+    if download:
+        _fetch(kind, path)
+    advice = f"Correct the path, allow the download (data.download), or {_by_hand(kind, path)}"
+    return existing_root(root, kind.folder, advice=advice)
+
+
+def _fetch(kind: CifarKind, root: Path) -> None:
+    if root.exists() and (not root.is_dir() or _visible(root)):
+        return  # whatever it is, it is not ours to add to
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root):
+            if not _visible(root):  # else another process fetched it meanwhile
+                _download(kind, root)
+    except (URLError, OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            root.rmdir()  # if it is empty
+        raise DatasetError(
+            f"cannot download {kind.url} ({error}). Without a network: {_by_hand(kind, root)}"
+        ) from error
+
+
+def _visible(root: Path) -> list[str]:
+    return [name for name in os.listdir(root) if not name.startswith(".")]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _download(kind: CifarKind, root: Path) -> None:
     # Imported here because torchvision takes seconds to import and is needed only for this.
     from torchvision.datasets.utils import download_and_extract_archive
 
+    # Hidden until it is whole: a download that was killed leaves nothing that looks like the data set.
+    work = root / ".download"
     try:
-        download_and_extract_archive(kind.url, str(root), md5=kind.md5)
-    except (URLError, OSError, RuntimeError) as error:
-        raise DatasetError(
-            f"cannot download {kind.url} ({error}). Without a network: {_by_hand(kind, root)}"
-        ) from error
+        download_and_extract_archive(kind.url, str(work), md5=kind.md5)
+        (work / kind.folder).rename(root / kind.folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def _missing(kind: CifarKind, root: Path, split: str) -> DatasetError:
@@ -146,7 +191,8 @@ def _missing(kind: CifarKind, root: Path, split: str) -> DatasetError:
         pickled = f" {kind.pickled_folder} is the pickled form, which is never read: it can run code."
     return DatasetError(
         f"{kind.folder} ({split}): found {contents(root)} in {root}, expected {', '.join(kind.files[split])} there or "
-        f"in {kind.folder}/.{pickled} Allow the download, or {_by_hand(kind, root)}"
+        f"in {kind.folder}/.{pickled} Allow the download (data.download) to an empty folder, or "
+        f"{_by_hand(kind, root)}. Other images: name their kind (data.kind), or 'auto'"
     )
 
 

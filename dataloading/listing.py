@@ -64,15 +64,17 @@ def contents(path: Path, num_shown: int = 8) -> str:
     return (", ".join(names[:num_shown]) + (", …" if len(names) > num_shown else "")) or "nothing"
 
 
-def existing_root(root: str | None, kind: str, wanted: Callable[[Path], bool] = Path.is_dir) -> Path:
-    """Return `root` as an absolute path; raises DatasetError where it is not what is `wanted`."""
+def existing_root(
+    root: str | None, kind: str, wanted: Callable[[Path], bool] = Path.is_dir, advice: str = "Correct the path"
+) -> Path:
+    """Return `root` as an absolute path; raises DatasetError, with `advice`, where it is not what is `wanted`."""
     if root is None:
         raise DatasetError(f"{kind}: found no data root, expected the path of the images; name it, or use kind 'demo'")
     path = Path(root).absolute()
     if not path.exists():
         parent = path.parent
         beside = contents(parent) if parent.is_dir() else f"no folder {parent} either"
-        raise DatasetError(f"data root {path} does not exist; found beside it: {beside}. Correct the path")
+        raise DatasetError(f"data root {path} does not exist; found beside it: {beside}. {advice}")
     if not wanted(path):
         raise DatasetError(f"data root {path} ({kind}): found a file, expected a folder; name the folder that holds it")
     if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):

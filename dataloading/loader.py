@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dataloading import stream
 from dataloading.augment import AugmentConfig
+from dataloading.choices import BACKENDS
 from dataloading.color import augment_colors, normalize
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
@@ -28,8 +29,6 @@ from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
 
 if TYPE_CHECKING:
     from dataloading.index import Dataset
-
-BACKENDS = ("auto", "memory", "dali", "torch")
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def make_loader(
     seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
     the G positions of a step; may be empty. num_threads: most threads that decoding and reading use together (at least
     one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch. order:
-    one of `stream.ORDERS`.
+    one of `choices.ORDERS`.
     """
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:

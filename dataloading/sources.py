@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataloading.cifar import KINDS, open_cifar
+from dataloading.choices import SOURCE_KINDS
+from dataloading.cifar import KINDS, cifar_root, open_cifar
 from dataloading.folder import open_folder
 from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet import open_parquet, parquet_files
-
-SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
 
 
 def open_dataset(
@@ -26,10 +25,11 @@ def open_dataset(
 ) -> Dataset:
     """Return the images of a split with fixed row numbers.
 
-    kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is. root: the data root, None only for the demo images.
+    kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is, the two CIFAR kinds are also read from the parquet
+    files in which hubs hold them. root: the data root, None only for the demo images.
     split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are not read
     again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are looked
-    at. download: fetch CIFAR where it is missing.
+    at. download: fetch CIFAR where `root` is missing or empty.
 
     Raises DatasetError (a ValueError) for what a person can correct, OSError where files cannot be read.
     """
@@ -51,7 +51,18 @@ def open_dataset(
         return open_folder(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
     if kind == "parquet":
         return open_parquet(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
-    return open_cifar(KINDS[kind], root, split, max_rows=max_rows, index=index, download=download)
+    path = cifar_root(KINDS[kind], root, download=download)
+    if _is_hub_folder(path):
+        return open_parquet(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
+    return open_cifar(KINDS[kind], path, split, max_rows=max_rows, index=index)
+
+
+def require_root(kind: str, root: str, *, download: bool = False) -> None:
+    """Raise DatasetError where the data root is not there or cannot be read; download as in `open_dataset`."""
+    if kind in KINDS:
+        cifar_root(KINDS[kind], root, download=download)
+    else:
+        existing_root(root, kind, Path.exists)
 
 
 def recognise(root: str | None) -> str:
@@ -68,7 +79,7 @@ def recognise(root: str | None) -> str:
             if any((folder / names[0]).is_file() for names in cifar.files.values()):
                 return kind
     # The usual places first: a hub repository may hold pictures for its README, an image folder a saved index.
-    if _has_split_files(path) or _has_split_files(path / "data"):
+    if _is_hub_folder(path):
         return "parquet"
     if list_files(path, path, EXTENSIONS, first_only=True):
         return "folder"
@@ -77,9 +88,12 @@ def recognise(root: str | None) -> str:
     raise _unknown(path)
 
 
-def _has_split_files(folder: Path) -> bool:
+def _is_hub_folder(path: Path) -> bool:
+    """Whether parquet files lie where hubs put them: named by split, in the root or its folder `data`."""
     split_names = [name for names in SPLIT_NAMES.values() for name in names]
-    return any(path for name in split_names for path in folder.glob(f"{name}-*.parquet"))
+    return any(
+        found for folder in (path, path / "data") for name in split_names for found in folder.glob(f"{name}-*.parquet")
+    )
 
 
 def _unknown(path: Path) -> DatasetError:

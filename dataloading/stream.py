@@ -18,9 +18,9 @@ from math import isqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dataloading.choices import ORDERS
 from dataloading.philox import Purpose, philox4x32
 
-ORDERS = ("permutation",)
 _BLOCK_POSITIONS = 4096
 _ROUNDS = 12  # 8 leave a measurable bias at N = 5, where the halves hold two bits
 

@@ -88,6 +88,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
     {
         "recipe",
         "data.root",
+        "data.download",
         "data.backend",
         "data.test_split",
         "data.max_test_rows",

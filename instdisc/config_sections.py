@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from dataloading.choices import BACKENDS, ORDERS, SOURCE_KINDS
 from dataloading.listing import SPLIT_NAMES
 
 ARCHITECTURES = (
@@ -16,9 +17,7 @@ OBJECTIVES = ("softmax", "nce", "infonce")
 HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "memory", "dali", "torch")
 SPLITS = tuple(SPLIT_NAMES)
-SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
 
 
 class ConfigError(ValueError):
@@ -39,6 +38,8 @@ class DataConfig:
     """One of `SOURCE_KINDS`; "auto" recognises a folder of images, CIFAR's binary files and parquet files."""
     root: str | None = None
     """Folder that holds the data; not used by the embedded demo data."""
+    download: bool = False
+    """For the kinds "cifar10" and "cifar100": fetch the images where `root` is missing or empty."""
     train_split: str = "train"
     """Split that is trained on and that the gallery of kNN is made of."""
     test_split: str = "test"
@@ -60,7 +61,7 @@ class DataConfig:
             ("train_split", self.train_split, self.train_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
-            ("order", self.order, self.order == "permutation", "permutation"),
+            ("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
             ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),
             ("max_test_rows", self.max_test_rows, self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
         )

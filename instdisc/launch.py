@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dataloading.listing import existing_root
 from instdisc.config import TrainConfig, flatten
 from instdisc.config_sections import ConfigError
 from instdisc.runs import Run, RunResult, read_curves
@@ -50,7 +49,10 @@ def fit(
         _say_what_is_not_applied(config, place, on_event)
         return done
     if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
-        existing_root(config.data.root, config.data.kind, os.path.exists)  # here, not after half a minute of start-up
+        from dataloading.sources import require_root
+
+        # Here, not after half a minute of start-up.
+        require_root(config.data.kind, config.data.root, download=config.data.download)
     config = place.agree_on_config(config, workers=workers)
     outcome = _launch(config, place.uri, workers, launcher, address, on_event)
     finished = place.result()

@@ -51,8 +51,17 @@ class Bank:
     rows_ND: Tensor
     last_step_N: Tensor
 
+    @torch.no_grad()
     def nearest(self, features_BD: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
-        """Return cosines, float32 (B, k), and dataset rows, int64 (B, k), of the nearest rows, the nearest first."""
+        """Return cosines, float32 (B, k), and dataset rows, int64 (B, k), of the nearest rows, the nearest first.
+
+        features_BD: of unit length, as the run's encoder makes them. Raises ValueError where shapes or k do not fit.
+        """
+        num_rows, dim = self.rows_ND.shape
+        if features_BD.dim() != 2 or features_BD.shape[1] != dim:
+            raise ValueError(f"features: found shape {tuple(features_BD.shape)}, expected (B, {dim})")
+        if not 1 <= k <= num_rows:
+            raise ValueError(f"k: found {k}, expected 1 to {num_rows}, the number of rows")
         return nearest(features_BD, self.rows_ND, k)
 
 

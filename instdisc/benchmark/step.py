@@ -248,7 +248,7 @@ def _peak_of_side(worker: Worker, benchmark: StepBenchmark, settings: PlainSetti
 def _open_images(benchmark: StepBenchmark) -> Dataset:
     data, size = benchmark.config.data, benchmark.config.augment.size
     if benchmark.use_own_images:
-        return open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows)
+        return open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows, download=data.download)
     num_rows = data.max_rows or MADE_UP_ROWS
     if num_rows * size * size * 3 > MADE_UP_BYTES:
         raise BenchmarkError(

@@ -92,7 +92,7 @@ def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
         f"  instdisc show {uri}",
         f"  tensorboard --logdir {uri}/tensorboard",
         f"  instdisc embed {uri} --out features.npy",
-        "  instdisc train cifar10-cpu --data.root DIR      # real images, minutes on a laptop",
+        "  instdisc train cifar10-cpu      # real images (fetches CIFAR-10), minutes on a laptop",
     ]
     return "\n".join(lines)
 

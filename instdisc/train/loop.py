@@ -67,7 +67,7 @@ def require_same_images(worker: Worker, train_set: Dataset, test_set: Dataset | 
 def open_sets(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> tuple[Dataset, Dataset | None]:
     """Return the training images and the test images, None where there are none; `on_missing` is told why."""
     data = config.data
-    train_set = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows)
+    train_set = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows, download=data.download)
     try:
         return train_set, open_dataset(data.kind, data.root, data.test_split, max_rows=data.max_test_rows)
     except DatasetError as error:

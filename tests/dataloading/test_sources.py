@@ -279,18 +279,30 @@ def http_root(tmp_path):
         thread.join()
 
 
-def test_cifar_is_downloaded_only_on_request_and_checked(tmp_path, http_root):
+def test_cifar_is_downloaded_only_on_request_and_checked(tmp_path, http_root, monkeypatch):
     images, _ = write_cifar(tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10, 2)["train"]
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10.folder)
     md5 = hashlib.md5((tmp_path / "cifar.tar.gz").read_bytes()).hexdigest()
     kind = replace(cifar.CIFAR10, url=f"{http_root}/cifar.tar.gz", md5=md5)
+    monkeypatch.setitem(cifar.KINDS, "cifar10", kind)
     new = tmp_path / "new"
-    with pytest.raises(DatasetError, match="does not exist"):
-        cifar.open_cifar(kind, str(new), "train")
-    np.testing.assert_array_equal(cifar.open_cifar(kind, str(new), "train", download=True).pixels_NHWC, images)
+    with pytest.raises(DatasetError, match=r"does not exist.* or fetch http.* and unpack it in .*new"):
+        open_dataset("cifar10", str(new), "train")
+    with ThreadPoolExecutor(4) as pool:  # as the workers of one machine: one of them fetches
+        datasets = pool.map(lambda _: open_dataset("cifar10", str(new), "train", download=True), range(4))
+    for dataset in datasets:
+        np.testing.assert_array_equal(dataset.pixels_NHWC, images)
+    assert [path.name for path in new.iterdir()] == [kind.folder]
+    other = tmp_path / "other"
+    monkeypatch.setitem(cifar.KINDS, "cifar10", replace(kind, md5="0" * 32))
     with pytest.raises(DatasetError, match=r"cannot download .*Without a network: fetch"):
-        cifar.open_cifar(replace(kind, md5="0" * 32), str(tmp_path / "other"), "train", download=True)
+        open_dataset("cifar10", str(other), "train", download=True)
+    assert not other.exists()
+    write(other / "cat.jpg", b"a folder of somebody's photographs")
+    with pytest.raises(DatasetError, match=r"found cat.jpg in .*other"):
+        open_dataset("cifar10", str(other), "train", download=True)
+    assert os.listdir(other) == ["cat.jpg"]
 
 
 def test_the_pickled_form_of_cifar_is_never_read(tmp_path):

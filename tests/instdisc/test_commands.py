@@ -104,6 +104,9 @@ def test_the_python_interface_loads_encoder_and_bank(finished, root):
         features_BD = encoder(encoder.preprocess(image)[None])
     assert not encoder.training
     scores_BK, indices_BK = bank.nearest(features_BD, k=3)
+    for features, k, message in [(features_BD, 97, "1 to 96"), (features_BD[0], 3, r"expected \(B, 16\)")]:
+        with pytest.raises(ValueError, match=message):
+            bank.nearest(features, k)
     assert scores_BK.shape == indices_BK.shape == (1, 3)
     torch.testing.assert_close(bank.rows_ND.norm(dim=1), torch.ones(96))
     assert (bank.last_step_N >= 6).all()
@@ -130,7 +133,8 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--objective.temperature", "warm"], "expected a finite number"),
         (["train", "--optim.lr"], "no value after it"),
         (["train", "--workers", "-3"], "workers: found -3"),
-        (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
+        (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "unpack it in /nowhere/at/all, which gives"),
         (["train", "--data.root", "/tmp"], "since code makes those images"),
         (["train", "cifar10-cpu", "--data.root", ""], "data.root: found ''"),
         (["train", "--data.test_split", "tset"], "data.test_split: found 'tset', expected one of train, test"),
@@ -159,7 +163,7 @@ def test_an_empty_folder_is_told(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     uri = str(tmp_path / "run")
     assert main(["train", "cifar10-cpu", "--workers", "0", "--run", uri, "--data.root", str(tmp_path / "empty")]) == 2
-    assert "no images in" in capsys.readouterr().err
+    assert "found nothing in" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_with_the_difference(root, finished, capsys):
@@ -181,6 +185,17 @@ def test_a_run_whose_images_changed_is_refused_with_what_differs(tmp_path, capsy
     printed = capsys.readouterr().err
     assert "was started on other images" in printed
     assert "97" in printed
+
+
+def test_a_finished_run_is_told_as_finished_without_its_images(tmp_path, capsys):
+    root = write_cifar10(tmp_path / "data", 96, 20)
+    uri = str(tmp_path / "run")
+    assert train(root, uri) == 0
+    shutil.rmtree(root)
+    capsys.readouterr()
+    assert train(root, uri) == 0
+    assert "This run is finished: 12 steps" in capsys.readouterr().out
+    assert main(["show", uri]) == 0
 
 
 def test_a_start_that_found_no_images_decides_nothing(root, tmp_path, capsys):

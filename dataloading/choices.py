@@ -1,0 +1,5 @@
+"""What a data set may be, how it may be read, and in which order: names, without the code behind them."""
+
+SOURCE_KINDS = ("auto", "folder", "cifar10", "cifar100", "parquet", "demo")
+BACKENDS = ("auto", "memory", "dali", "torch")
+ORDERS = ("permutation",)
