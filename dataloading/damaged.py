@@ -47,11 +47,9 @@ class DamagedRows:
         """Return whether the row failed before. Safe to call in threads."""
         return row in self._found
 
-    def rows(self) -> list[BadRow]:
-        """Return all bad rows by number, those of the index included."""
-        listed = (int(row) for row in np.flatnonzero(self._index.bad_N))
-        known = {row: BadRow(row, self._index.names[row], self._index.reasons.get(row, "")) for row in listed}
-        return [bad for _, bad in sorted((known | self._found).items())]
+    def found(self, start: int = 0) -> list[BadRow]:
+        """Return the rows that failed, in the order in which they did, without the first `start`."""
+        return list(self._found.values())[start:]
 
     def stand_ins(self, rows_B: NDArray[np.int64], failed: Mapping[int, set[int]]) -> NDArray[np.int64]:
         """Return for each row the row whose pixels are shown: itself or the next good one (cyclic), int64 (B,).

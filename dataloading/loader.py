@@ -99,10 +99,12 @@ class Loader:
         if self._crops is not None:
             self._crops.close()
 
-    @property
-    def bad_rows(self) -> list[BadRow]:
-        """The damaged rows known so far: those of the index and those that failed to decode since."""
-        return self._damaged.rows()
+    def failed_rows(self, start: int = 0) -> list[BadRow]:
+        """Return the rows whose images failed so far, in the order in which they did, without the first `start`.
+
+        Those that the index lists as bad are never tried and not among them.
+        """
+        return self._damaged.found(start)
 
     def _plans(self, start_step: int) -> Iterator[Plan]:
         for step in count(start_step):

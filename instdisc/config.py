@@ -89,6 +89,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "recipe",
         "data.root",
         "data.download",
+        "data.max_bad_share",
         "data.backend",
         "data.test_split",
         "data.max_test_rows",

@@ -50,6 +50,8 @@ class DataConfig:
     """Query with the first so many test images only."""
     backend: str = "auto"
     """"dali", "torch" (torchvision reference) or "auto": DALI for encoded images, batched torch for small ones."""
+    max_bad_share: float = 0.1
+    """Damaged images are replaced and reported; more than this share of the training images ends the run."""
     order: str = "permutation"
     """Kind of order of an epoch; fixed at a run's first start."""
 
@@ -62,6 +64,7 @@ class DataConfig:
             ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
+            ("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "0 <= share < 1"),
             ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),
             ("max_test_rows", self.max_test_rows, self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
         )

@@ -5,6 +5,7 @@
     dataset/digest.json    their number and digest
     checkpoints/           cluster.checkpoint's format
     tensorboard/           events
+    bad_images.jsonl       damaged images, with the reasons; only where there are any
     results.json           written last: the run is finished
     neighbours.png         what it learned, to look at
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import time
-from itertools import count
 from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore - generated code
@@ -13,7 +12,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore - ge
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 _FILE_VERSION = "brain.Event:2"
-_numbers = count()
 
 
 class EventFile:
@@ -26,7 +24,8 @@ class EventFile:
     def __init__(self, folder: str, *, purge_step: int | None, flush_s: float) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         # TensorBoard recognises the name's first part and reads files in the order of their names.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter(open(Path(folder) / name, "xb"))  # noqa: SIM115
         self._flush_s, self._flushed_s = flush_s, time.monotonic()
         self._write(Event(file_version=_FILE_VERSION))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cluster.checkpoint import Checkpointer
@@ -11,6 +12,7 @@ from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
 from dataloading.sources import open_dataset
+from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
 from instdisc.config import TrainConfig
 from instdisc.runs import NEIGHBOURS, Run, RunError, RunResult
 from instdisc.schedule import learning_rate, num_steps
@@ -105,11 +107,16 @@ class Training:
         )
         self.monitor = Monitor(worker, config, run, self.num_steps, self.num_rows)
         self._next_look = 0
+        known = [asdict(bad) for bad in read_bad_images(run.store)] if worker.rank == 0 else []
+        earlier = (BadImage(**bad) for bad in worker.all_gather_object(known)[0])
+        self.bad_images = BadImages(train_set.index, config.data.max_bad_share, earlier)
+        self._told_bad = 0
 
     def run_to_end(self) -> dict[str, Any]:
         """Restore, train, evaluate and save until the last step or until the driver asks to stop."""
         self._restore()
         self.monitor.announce(self.state, self.plan)
+        self._report_bad_images([])  # those that the index knows
         if self.worker.all_gather_object(self.worker.stop_requested())[0]:
             return self._result(finished=False)
         if self.state.step == 0 and self.config.eval.baselines:
@@ -171,16 +178,20 @@ class Training:
             **{name: finite_or_none(value) for name, value in shares.items()},
             "non_finite_step": int(self.state.bank.non_finite_step),
             "data_wait": self.monitor.data_wait_share(),
-            "bad_rows": len(self.loader.bad_rows),
+            "bad_rows": [(bad.row, bad.name, bad.reason) for bad in self.loader.failed_rows(self._told_bad)],
             # Clocks and signals differ between ranks: those of rank 0 count.
             "steps_to_next_look": self.monitor.steps_in(LOOK_S, step),
             "stop": self.worker.stop_requested(),
             "save": self.monitor.minutes_since_save() >= (self.config.checkpoint.every_minutes or math.inf),
         }
+        self._told_bad += len(read["bad_rows"])
         by_rank = self.worker.all_gather_object(read)
         self._next_look = step + max(1, min(self.config.system.log_every, by_rank[0]["steps_to_next_look"]))
         check_finite(by_rank, (self.monitor.last_look, step))
-        self.monitor.show(self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows))
+        self._report_bad_images(by_rank)
+        self.monitor.show(
+            self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows), len(self.bad_images)
+        )
         if self._evaluation_due():
             self._evaluate()
         stop = by_rank[0]["stop"] and step < self.num_steps
@@ -189,6 +200,21 @@ class Training:
         if step < self.num_steps and (stop or by_rank[0]["save"] or (every is not None and step % every == 0)):
             self._save()
         return stop
+
+    def _report_bad_images(self, by_rank: Sequence[dict[str, Any]]) -> None:
+        """Take note of the images that failed since the last look, and end the run where they are too many."""
+        step = self.state.step
+        found = [BadImage(row, name, why, step) for read in by_rank for row, name, why in read["bad_rows"]]
+        if self.bad_images.add(found) or not by_rank:
+            if self.worker.rank == 0 and len(self.bad_images):
+                self.run.store.put(BAD_IMAGES, self.bad_images.to_jsonl())
+                self.monitor.tell_bad_images(len(self.bad_images))
+            try:
+                self.bad_images.check()
+            except DatasetError:
+                if by_rank:
+                    self._save()  # whoever allows a larger share goes on from here
+                raise
 
     def _baselines(self) -> None:
         if self.evaluator is None:
@@ -223,7 +249,10 @@ class Training:
             title = f"{self.config.recipe}: test images and their nearest training images"
             self.run.store.put(NEIGHBOURS, draw_neighbours(self.train_set, self.test_set, evaluation.neighbours, title))
         self.run.finish(
-            RunResult(**{**self._result(finished=True), "uri": self.run.uri}, summary=self.monitor.summary())
+            RunResult(
+                **{**self._result(finished=True), "uri": self.run.uri},
+                summary={**self.monitor.summary(), "num_bad": len(self.bad_images)},
+            )
         )
 
     def _result(self, *, finished: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cluster.checkpoint import SaveReport
 from cluster.worker import Worker
 from dataloading.index import Dataset
 from dataloading.loader import Batch
+from instdisc.bad_images import BAD_IMAGES
 from instdisc.config import TrainConfig
 from instdisc.pictures import image_grid
 from instdisc.runs import Run
@@ -41,7 +42,7 @@ class Monitor:
         self._started_s = self._look_s = self._saved_s = time.monotonic()
         self._waited_s = self._busy_s = 0.0
         self._first_step = self.last_look = 0
-        self._advised = self._batch_shown = False
+        self._advised = self._batch_shown = self._told_bad = False
 
     def open_events(self, step: int) -> None:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
@@ -106,8 +107,8 @@ class Monitor:
             self._events.image(self._first_step, "data/augmented_batch", pixels_HWC)
             self._batch_shown = True
 
-    def show(self, state: TrainState, by_rank: Sequence[dict[str, Any]], lr: float) -> None:
-        """Tell what all ranks read: their shares of the means add up to the means."""
+    def show(self, state: TrainState, by_rank: Sequence[dict[str, Any]], lr: float, num_bad: int) -> None:
+        """Tell what all ranks read: their shares of the means add up to the means. num_bad: damaged images known."""
         now_s = time.monotonic()
         steps = state.step - self.last_look
         batch = self._config.optim.global_batch
@@ -133,7 +134,7 @@ class Monitor:
             }
         )
         self._advise_on_z(state)
-        self._write_events(state, means, lr, speed, data_wait, sum(read["bad_rows"] for read in by_rank))
+        self._write_events(state, means, lr, speed, data_wait, num_bad)
 
     def show_evaluation(
         self, state: TrainState, evaluation: Evaluation, train_set: Dataset, test_set: Dataset | None
@@ -182,11 +183,17 @@ class Monitor:
             self._advised = True
             self._warn(advice)
 
+    def tell_bad_images(self, num_bad: int) -> None:
+        """Tell of damaged images, once; the report has the rest."""
+        if not self._told_bad:
+            self._told_bad = True
+            self._warn(f"{num_bad:,} damaged image(s) so far are replaced in training; {BAD_IMAGES} names them")
+
     def _warn(self, text: str) -> None:
         self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})
 
     def _write_events(
-        self, state: TrainState, means: dict[str, float], lr: float, speed: float, data_wait: float, bad_rows: int
+        self, state: TrainState, means: dict[str, float], lr: float, speed: float, data_wait: float, num_bad: int
     ) -> None:
         if self._events is None:
             return
@@ -198,7 +205,7 @@ class Monitor:
             "train/data_wait": data_wait,
             "train/positive_score": means["positive_score"],
             "train/negative_score": means["negative_score"],
-            "data/bad_rows": float(bad_rows),
+            "data/bad_rows": float(num_bad),
             "bank/row_norm_min": float(norms_R.min()) if len(norms_R) else None,
             "bank/row_norm_max": float(norms_R.max()) if len(norms_R) else None,
             "bank/written_share": float((state.bank.last_step >= 0).float().mean()),

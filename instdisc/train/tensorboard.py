@@ -35,7 +35,7 @@ TAGS: dict[str, str] = {
     "bank/row_norm_max": "length of the longest bank row of rank 0 (first 65,536 rows); 1 up to the bank's rounding",
     "bank/written_share": "share of rank 0's rows that were written at least once; 1 after the first epoch",
     "bank/staleness_steps": "steps since each written row of rank 0 was last written; at most two epochs",
-    "data/bad_rows": "damaged images that were replaced so far in this attempt, all ranks",
+    "data/bad_rows": "damaged training images that the run knows of; bad_images.jsonl names them",
     "data/augmented_batch": "the first images of this attempt as the encoder sees them",
     "knn/top1_reencoded": "weighted kNN accuracy in percent, training images encoded by the present encoder",
     "knn/top1_bank": "weighted kNN accuracy in percent, training images as the memory bank has them",
