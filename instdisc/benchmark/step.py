@@ -89,7 +89,8 @@ class _Bench:
 
     def __init__(self, worker: Worker, benchmark: StepBenchmark, say: Say) -> None:
         self.worker, self.benchmark, self.say = worker, benchmark, say
-        self.config = benchmark.config
+        # The plain loop has no schedule; with one, the two sides would soon train different weights.
+        self.config = benchmark.config.with_overrides({"optim.schedule": "constant", "optim.warmup_epochs": 0})
         self.dataset = _open_images(benchmark)
         self.num_rows = self.dataset.index.num_rows
         self.batch_size = self.config.optim.global_batch
