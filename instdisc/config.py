@@ -83,10 +83,12 @@ class TrainConfig:
         return from_plain(cls, json.loads(text))
 
 
-# What may differ when a run goes on: where the same images are, how often one looks, saves, and how it runs.
+# What may differ when a run goes on: where the same images are (their digest decides), how often one looks and saves,
+# and how it runs.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "recipe",
+        "data.kind",
         "data.root",
         "data.download",
         "data.max_bad_share",

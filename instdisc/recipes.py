@@ -175,13 +175,14 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 def recipe(name: str, **overrides: Any) -> TrainConfig:
     """Return a recipe's configuration with dotted overrides: recipe("cifar10-cpu", **{"optim.epochs": 5}).
 
-    Who names a `data.root` has images there: with one among the overrides nothing is downloaded unless they say so.
-    Raises ConfigError for an unknown recipe or field, naming the likely one.
+    Who names a `data.root` has images there: with one among the overrides nothing is downloaded, and what it holds is
+    found out, unless they say otherwise. Raises ConfigError for an unknown recipe or field, naming the likely one.
     """
     if name not in RECIPES:
         likely = difflib.get_close_matches(name, RECIPES, n=1)
         advice = f"did you mean {likely[0]}? " if likely else ""
         raise ConfigError(f"unknown recipe {name!r}: {advice}There are {', '.join(RECIPES)}.")
-    if "data.root" in overrides:
-        overrides = {"data.download": False, **overrides}
-    return RECIPES[name]().with_overrides(overrides)
+    config = RECIPES[name]()
+    if "data.root" in overrides and config.data.root is not None:
+        overrides = {"data.kind": "auto", "data.download": False, **overrides}
+    return config.with_overrides(overrides)

@@ -134,7 +134,10 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--optim.lr"], "no value after it"),
         (["train", "--workers", "-3"], "workers: found -3"),
         (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
-        (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "unpack it in /nowhere/at/all, which gives"),
+        (
+            ["train", "cifar10-cpu", "--data.root", "/nowhere/at/all", "--data.kind", "cifar10"],
+            "unpack it in /nowhere/at/all, which gives",
+        ),
         (["train", "--data.root", "/tmp"], "since code makes those images"),
         (["train", "cifar10-cpu", "--data.root", ""], "data.root: found ''"),
         (["train", "--data.test_split", "tset"], "data.test_split: found 'tset', expected one of train, test"),
@@ -163,7 +166,7 @@ def test_an_empty_folder_is_told(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     uri = str(tmp_path / "run")
     assert main(["train", "cifar10-cpu", "--workers", "0", "--run", uri, "--data.root", str(tmp_path / "empty")]) == 2
-    assert "found nothing in" in capsys.readouterr().err
+    assert "no images in" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_with_the_difference(root, finished, capsys):
