@@ -51,9 +51,14 @@ class LocalFiles:
             file.seek(start or 0)
             return file.read() if stop is None else file.read(max(stop - (start or 0), 0))
 
-    def list(self, folder: str) -> list[str]:
-        """Return the paths of all files below a folder, temporary ones excepted; [] where there is no folder."""
-        return [path for path in _walk(folder) if not os.path.basename(path).startswith(TEMPORARY)]
+    def list(self, folder: str) -> list[tuple[str, int]]:
+        """Return (path, bytes) of all files below a folder, temporary ones excepted; [] where there is no folder."""
+        found = []
+        for path in _walk(folder):
+            if not os.path.basename(path).startswith(TEMPORARY):
+                with suppress(FileNotFoundError):  # removed meanwhile
+                    found.append((path, os.stat(path).st_size))
+        return found
 
     def delete(self, path: str) -> None:
         """Remove a file. FileNotFoundError if there is none."""

@@ -17,10 +17,13 @@ from typing import Any, Protocol, TypeAlias
 import fsspec
 
 from cluster.local_files import TEMPORARY, LocalFiles
+from cluster.patience import PATIENCE_S, Patience
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
-_PROTOCOLS = ("file", "memory", "s3")
+_CREATING = ("file", "memory", "s3")
+"""Protocols on which `create` lets exactly one writer win; from others of fsspec's images are read."""
+_S3_CONFIG = {"max_pool_connections": 64, "connect_timeout": 5, "read_timeout": 30}
 _ADVICE = {
     errno.EACCES: "no permission; check the owner and the rights of this place, or choose another URI",
     errno.ENOSPC: "the disk is full; free space there, or choose another URI",
@@ -39,7 +42,7 @@ class StoreError(OSError):
     """A store cannot do what was asked: the text says what, where, why and what to do."""
 
 
-class ObjectMissingError(StoreError):
+class ObjectMissingError(StoreError, FileNotFoundError):
     """There is no object under the key."""
 
 
@@ -49,22 +52,25 @@ class _Backend(Protocol):
     def put(self, path: str, parts: Sequence[memoryview]) -> None: ...
     def create(self, path: str, data: memoryview) -> None: ...
     def get(self, path: str, start: int | None, stop: int | None) -> bytes: ...
-    def list(self, folder: str) -> list[str]: ...
+    def list(self, folder: str) -> list[tuple[str, int]]: ...
     def delete(self, path: str) -> None: ...
     def size(self, path: str) -> int: ...
     def remove_leftovers(self, folder: str) -> None: ...
 
 
 class Store:
-    """Objects under a URI: a path, file://, memory:// or s3://. Safe in threads; pickles as its URI.
+    """Objects under a URI: a path, file://, memory://, s3:// or another protocol of fsspec. Safe in threads; pickles
+    as its URI.
 
-    Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative.
+    Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative. Reads are
+    tried again, for minutes, where a remote storage answered before and does not now.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.protocol, self.root = _split(os.fspath(uri))
         self.uri = self.root if self.protocol == "file" else f"{self.protocol}://{self.root.lstrip('/')}"
         self._connection: tuple[int, _Backend] | None = None
+        self._patience = Patience(self.uri, 0.0 if self.protocol in ("file", "memory") else PATIENCE_S)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -85,6 +91,11 @@ class Store:
 
         A False can also mean that this writer's own earlier try succeeded and its answer was lost: see `claim`.
         """
+        if self.protocol not in _CREATING:
+            raise StoreError(
+                f"cannot create {key!r} in {self.uri}: of {self.protocol}:// it is not known that one of several "
+                "writers wins; use a folder or s3:// for a run"
+            )
         with self._explained("create", key):
             try:
                 self._backend().create(self._path(key), memoryview(data))
@@ -102,15 +113,20 @@ class Store:
     def get(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return an object's bytes [start, stop), fewer where it ends before. ObjectMissingError if there is none."""
         with self._explained("read", key):
-            return self._backend().get(self._path(key), start, stop)
+            return self._patience.call(lambda: self._backend().get(self._path(key), start, stop))
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted. What interrupted writers left never appears."""
+        return [key for key, _ in self.list_sizes(prefix)]
+
+    def list_sizes(self, prefix: str = "") -> list[tuple[str, int]]:
+        """Return (key, bytes) of the objects whose keys begin with `prefix`, sorted by key."""
         with self._explained("list", prefix):
             folder = prefix.rpartition("/")[0]
-            paths = self._backend().list(self._path(folder) if folder else self.root)
-        keys = (path[len(self.root.rstrip("/")) + 1 :] for path in paths)
-        return sorted(key for key in keys if key.startswith(prefix))
+            where = self._path(folder) if folder else self.root
+            found = self._patience.call(lambda: self._backend().list(where))
+        start = len(self.root.rstrip("/")) + 1
+        return sorted((path[start:], size) for path, size in found if path[start:].startswith(prefix))
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""
@@ -120,7 +136,7 @@ class Store:
     def size(self, key: str) -> int:
         """Return an object's size in bytes. ObjectMissingError if there is none."""
         with self._explained("read the size of", key):
-            return self._backend().size(self._path(key))
+            return self._patience.call(lambda: self._backend().size(self._path(key)))
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object under the key."""
@@ -160,13 +176,15 @@ class _Remote:
 
     def __init__(self, protocol: str) -> None:
         # Cached listings would hide what other processes write and delete.
-        options: dict[str, Any] = {"use_listings_cache": False} if protocol == "s3" else {}
+        options: dict[str, Any] = {"use_listings_cache": False} if protocol != "memory" else {}
+        if protocol == "s3":
+            options["config_kwargs"] = _S3_CONFIG
         self._files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
-        self._in_memory = protocol == "memory"
+        self._protocol, self._in_memory = protocol, protocol == "memory"
 
     @property
     def errors(self) -> tuple[type[Exception], ...]:
-        if self._in_memory:
+        if self._protocol != "s3":
             return (OSError,)
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -183,9 +201,10 @@ class _Remote:
     def get(self, path: str, start: int | None, stop: int | None) -> bytes:
         return self._files.cat_file(path, start=start, end=stop)
 
-    def list(self, folder: str) -> list[str]:
+    def list(self, folder: str) -> list[tuple[str, int]]:
         with suppress(FileNotFoundError):
-            return list(self._files.find(folder))
+            found = self._files.find(folder, detail=True)
+            return [(path, int(about["size"] or 0)) for path, about in found.items()]
         return []
 
     def delete(self, path: str) -> None:
@@ -213,13 +232,13 @@ def _split(uri: str) -> tuple[str, str]:
     protocol, separator, rest = uri.partition("://")
     if not separator:
         protocol, rest = "file", uri
-    if protocol not in _PROTOCOLS:
-        raise ValueError(f"URI {uri!r}: found {protocol}://, expected a folder, file://, memory:// or s3://")
+    if protocol not in fsspec.available_protocols():
+        raise ValueError(f"URI {uri!r}: found {protocol}://, expected a folder, file://, s3:// or what fsspec knows")
     if not (rest if protocol == "file" else rest.strip("/")):
         raise ValueError(f"URI {uri!r}: found no {'bucket' if protocol == 's3' else 'folder'} in it")
     if protocol == "file":
         return protocol, os.path.abspath(os.path.expanduser(rest))
-    return protocol, rest.strip("/") if protocol == "s3" else "/" + rest.strip("/")
+    return protocol, "/" + rest.strip("/") if protocol == "memory" else rest.rstrip("/")
 
 
 def _explain(error: Exception, what: str) -> StoreError:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _BATCHES_READ_AHEAD = 3
 _BATCHES_IN_DECODER = 3
-_READ_TOGETHER = 16
 
 
 class DecodeFailed(RuntimeError):
@@ -96,11 +95,13 @@ class EncodedCrops:
         size: int,
         device: torch.device,
         num_readers: int,
+        read_together: int,
     ) -> None:
         self._read, self._index, self._planner, self._damaged = read, index, planner, damaged
         self._decoder, self._size, self._device = decoder, size, device
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="read-images")
         self._in_decoder: deque[_Job] = deque()
+        self._read_together = read_together
         self._generation = 0
 
     def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
@@ -135,7 +136,8 @@ class EncodedCrops:
 
     def _start_reading(self, plan: Plan) -> list[Future[list[_Sample]]]:
         sources = plan.sources_M.tolist()
-        parts = (sources[i : i + _READ_TOGETHER] for i in range(0, len(sources), _READ_TOGETHER))
+        together = self._read_together
+        parts = (sources[i : i + together] for i in range(0, len(sources), together))
         return [self._readers.submit(lambda part: [self._load(row) for row in part], part) for part in parts]
 
     def _load(self, row: int) -> _Sample:

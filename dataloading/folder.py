@@ -10,6 +10,7 @@ sorted by name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -30,9 +31,14 @@ class FolderReader:
 
     base: Path
     names: Names
+    is_remote = False
 
     def __call__(self, row: int) -> bytes:
         return (self.base / self.names[row]).read_bytes()
+
+    def subset(self, rows_R: NDArray[np.int64]) -> FolderReader:
+        """Return the reader of some rows, numbered from 0."""
+        return FolderReader(self.base, Names.of(self.names[row] for row in rows_R.tolist()))
 
 
 def open_folder(
@@ -44,23 +50,15 @@ def open_folder(
     on_progress: Progress | None = None,
 ) -> Dataset:
     """Return the images of a folder. Arguments and errors as `dataloading.sources.open_dataset`."""
-    path = existing_root(root, "folder")
-    base, classes = _split_folder(path, split)
-    files = list_files(base, path, EXTENSIONS)
-    if not files:
-        raise DatasetError(
-            f"no images in {base}: found {contents(base)}; expected files that end in {', '.join(sorted(EXTENSIONS))}, "
-            "directly or in one folder per class"
-        )
-    listed = _listing(f"folder {path} ({split})", files[:max_rows], classes)
-    require_same(base, index, listed)
-    names = Names.of(listed.names)
+    listed, read = list_folder(root, split, max_rows=max_rows)
+    require_same(read.base, index, listed)
     if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
-        return Dataset(index, None, FolderReader(base, names))
-    found = _scan(base, names, on_progress)
-    if len(found.reasons) == len(names):
+        return Dataset(index, None, read)
+    found = _scan(read.base, read.names, on_progress)
+    if len(found.reasons) == len(read.names):
         raise DatasetError(
-            f"none of the {len(names):,} images in {base} can be read; {names[0]}: {found.reasons[0]}. Check the files"
+            f"none of the {len(read.names):,} images in {read.base} can be read; {read.names[0]}: {found.reasons[0]}. "
+            "Check the files"
         )
     scanned = replace(
         listed,
@@ -69,29 +67,48 @@ def open_folder(
         bad_N=found.bad_N,
         reasons=found.reasons,
     )
-    read = FolderReader(base, names) if found.pixels_NHWC is None else None
-    return Dataset(scanned, found.pixels_NHWC, read)
+    return Dataset(scanned, found.pixels_NHWC, read if found.pixels_NHWC is None else None)
+
+
+def list_folder(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
+    """Return the images of a folder as far as the list of files tells: their sizes are not looked at."""
+    path = existing_root(root, "folder")
+    base, classes = _split_folder(path, split)
+    files = list_files(base, path, EXTENSIONS)
+    if not files:
+        raise DatasetError(
+            f"no images in {base}: found {contents(base)}; expected files that end in {', '.join(sorted(EXTENSIONS))}, "
+            "directly or in one folder per class"
+        )
+    index = file_index(f"folder {path} ({split})", files[:max_rows], classes)
+    return index, FolderReader(base, Names.of(index.names))
 
 
 def _split_folder(root: Path, split: str) -> tuple[Path, list[str]]:
     """Return the folder of a split, and the folders that may be classes: those of all splits, so that a class has one
     number in all of them."""
     here = folders_in(root)
-    splits = [name for names in SPLIT_NAMES.values() for name in names if name in here]
-    if not splits or _is_class(root, splits, here):
-        if split == "train":
-            return root, here
+    found = choose_split(here, split, lambda name: _holds_images(root / name))
+    if found is None:
         raise _no_split(root, split)
-    for name in SPLIT_NAMES[split]:
-        if name in splits:
-            return root / name, sorted({folder for other in splits for folder in folders_in(root / other)})
-    raise _no_split(root, split)
+    name, splits = found
+    if not name:
+        return root, here
+    return root / name, sorted({folder for other in splits for folder in folders_in(root / other)})
 
 
-def _is_class(root: Path, splits: list[str], here: list[str]) -> bool:
-    """True where a folder called "train" is a class among others (VOC has one): it and its neighbours hold images."""
+def choose_split(here: list[str], split: str, holds_images: Callable[[str], bool]) -> tuple[str, list[str]] | None:
+    """Return the folder of a split ("": the root itself) and the folders of all splits; None where there is none.
+
+    here: the folders in the root. A folder called "train" can be a class among others (VOC has one): then it and its
+    neighbours hold images directly, as `holds_images` says.
+    """
+    splits = [name for names in SPLIT_NAMES.values() for name in names if name in here]
     others = [name for name in here if name not in splits]
-    return len(splits) == 1 and bool(others) and all(_holds_images(root / name) for name in (*splits, *others))
+    is_class = len(splits) == 1 and bool(others) and all(map(holds_images, (*splits, *others)))
+    if not splits or is_class:
+        return ("", []) if split == "train" else None
+    return next(((name, splits) for name in SPLIT_NAMES[split] if name in splits), None)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -106,7 +123,7 @@ def _no_split(root: Path, split: str) -> DatasetError:
     )
 
 
-def _listing(source: str, files: list[tuple[str, int]], classes: list[str]) -> DatasetIndex:
+def file_index(source: str, files: list[tuple[str, int]], classes: list[str]) -> DatasetIndex:
     """Return the index as far as the list of files tells it: without the images' sizes."""
     num_rows = len(files)
     names = Names.of(name for name, _ in files)

@@ -64,6 +64,10 @@ class Scan:
         return bad_N
 
 
+class BadHeader(ValueError):
+    """A header that says something impossible."""
+
+
 class _Look(NamedTuple):
     """What one image is."""
 
@@ -125,18 +129,19 @@ def scan(
     open_item: Callable[[Item], BinaryIO],
     *,
     on_progress: Progress | None = None,
+    num_threads: int | None = None,
 ) -> Scan:
     """Read the header of every image, and the pixels of small images of one size.
 
     chunks: the images in order, in groups that one thread reads; few groups are alive at a time.
     open_item opens one image, in a thread; what it raises is the reason why the image is bad.
-    on_progress(done, total) is called after each group.
+    on_progress(done, total) is called after each group. num_threads: default twice the usable cores.
     """
     small = _Small(num_rows)
     heights_N = np.zeros(num_rows, dtype=np.int32)
     widths_N = np.zeros(num_rows, dtype=np.int32)
     reasons: dict[int, str] = {}
-    num_threads = 2 * len(os.sched_getaffinity(0))
+    num_threads = num_threads or 2 * len(os.sched_getaffinity(0))
     row = 0
     # The filters are global, so threads must not touch them: they are set once, around all of them.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as executor:
@@ -164,28 +169,34 @@ def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small
             with open_item(item) as file, Image.open(file, formats=FORMATS) as image:
                 looks.append(_look(image, small))
         except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-            looks.append(_Look(reason=_reason(error)))
+            looks.append(_Look(reason=reason(error)))
     return looks
 
 
 def _look(image: Image.Image, small: _Small) -> _Look:
     width, height = image.size
-    if not (width > 0 and height > 0):
-        return _Look(reason=f"the header says {width} x {height} pixels")
-    if width * height > MAX_PIXELS:
-        return _Look(reason=f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+    check_size(height, width)
     if not small.accepts(height, width):
         return _Look(height, width)
     try:
         pixels_HWC = decode(image)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
     except Exception as error:  # as above
-        return _Look(height, width, decode_reason=_reason(error))
+        return _Look(height, width, decode_reason=reason(error))
     return _Look(height, width, pixels_HWC=pixels_HWC)
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+def check_size(height: int, width: int) -> None:
+    """Raise BadHeader for a size that no image has, or that only a decompression bomb would claim."""
+    if not (width > 0 and height > 0):
+        raise BadHeader(f"the header says {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise BadHeader(f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+
+
+def reason(error: Exception) -> str:
+    """Return why an image is bad in one line."""
+    return (str(error) if isinstance(error, BadHeader) else f"{type(error).__name__}: {error}")[:200]
 
 
 def decode(image: Image.Image) -> NDArray[np.uint8]:

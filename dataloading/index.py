@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dataloading.difference import describe_difference
 
 _FORMAT = "instdisc dataset index 1"
+CHECKSUM_BYTES = 16
 _COLUMNS = ("name", "num_bytes", "height", "width", "label", "bad")
 
 
@@ -111,14 +112,13 @@ class DatasetIndex:
     def save(self, path: str | Path) -> None:
         """Write the index as a parquet file, whole or not at all."""
         names = Names.of(self.names)
-        labels = [None] * len(names) if self.labels_N is None else self.labels_N
-        sizes = [None] * len(names) if self.num_bytes_N is None else self.num_bytes_N
+        unknown = pa.nulls(len(names), pa.int64())
         columns = [
             names.array,
-            pa.array(sizes, pa.int64()),
+            unknown if self.num_bytes_N is None else pa.array(self.num_bytes_N, pa.int64()),
             pa.array(self.heights_N, pa.int32()),
             pa.array(self.widths_N, pa.int32()),
-            pa.array(labels, pa.int64()),
+            unknown if self.labels_N is None else pa.array(self.labels_N, pa.int64()),
             pa.array(self.bad_N, pa.bool_()),
         ]
         about = {
@@ -161,6 +161,35 @@ class DatasetIndex:
         )
 
 
+class Reader(Protocol):
+    """Reads encoded images by their row, as all sources of `dataloading.sources` do."""
+
+    def __call__(self, row: int) -> bytes:
+        """Return the encoded image of a row. May be called from many threads. Raises OSError."""
+        ...
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may take many milliseconds, so that many should be under way."""
+        ...
+
+    def subset(self, rows_R: NDArray[np.int64]) -> Reader:
+        """Return the reader of some rows, numbered from 0; it is picklable and carries no more than it needs."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ShardLayout:
+    """How the images of a dataset lie in shards."""
+
+    numbers_S: NDArray[np.int64]
+    """Numbers of the shards that hold images, as the reader counts them."""
+    num_rows_S: NDArray[np.int64]
+    """Images of each, at least 1."""
+    row_of_place_N: NDArray[np.integer] | None
+    """Row of the i-th image, counted through the shards; None where the shards hold the rows in order."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images with fixed row numbers: either all pixels in memory, or a way to read one encoded image."""
@@ -168,8 +197,10 @@ class Dataset:
     index: DatasetIndex
     pixels_NHWC: NDArray[np.uint8] | None
     """Small images of one size, RGB; rows that `index.bad_N` marks are black. None for other images."""
-    read: Callable[[int], bytes] | None
+    read: Reader | Callable[[int], bytes] | None
     """The encoded image of a row; may be called from many threads, raises OSError. None where pixels are held."""
+    shards: ShardLayout | None = None
+    """None for images that are not packed."""
 
 
 def dataset_of_pixels(
@@ -205,6 +236,11 @@ def require_same(where: str | Path, saved: DatasetIndex | None, current: Dataset
         raise DatasetChanged(
             f"{where} is not what its index says: {difference}. Restore the images, or index them again for a new run"
         )
+
+
+def image_checksum(encoded: bytes | memoryview) -> bytes:
+    """Return the first 16 bytes of the SHA-256 of an encoded image."""
+    return hashlib.sha256(encoded).digest()[:CHECKSUM_BYTES]
 
 
 def list_digest(names: Names, num_bytes_N: NDArray[np.int64], content: bytes = b"") -> str:

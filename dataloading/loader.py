@@ -18,17 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataloading import stream
 from dataloading.augment import AugmentConfig
 from dataloading.choices import BACKENDS
 from dataloading.color import augment_colors, normalize
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
+from dataloading.downloads import ShardDownloads
 from dataloading.encoded import EncodedCrops
+from dataloading.order import OrderConfig, StepRows, make_order
 from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
+from dataloading.shard_reader import RemoteShards, ShardReader
 
 if TYPE_CHECKING:
     from dataloading.index import Dataset
+
+
+_READ_TOGETHER, _REMOTE_READERS = 16, 32
 
 
 @dataclass(frozen=True)
@@ -71,13 +76,13 @@ class Loader:
         planner: Planner,
         damaged: DamagedRows,
         *,
-        step_rows: stream.StepRows,
-        num_rows: int,
+        step_rows: StepRows,
         num_views: int,
+        downloads: ShardDownloads | None = None,
     ) -> None:
         self._crops, self._empty, self._finish = crops, empty, finish
         self._planner, self._damaged = planner, damaged
-        self._step_rows, self._num_rows, self._num_views = step_rows, num_rows, num_views
+        self._step_rows, self._num_views, self._downloads = step_rows, num_views, downloads
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this rank's batch of step start_step, start_step + 1, and so on without end.
@@ -88,7 +93,11 @@ class Loader:
         if self._crops is None:
             yield from repeat(self._empty)
             return
-        for plan, crops in self._crops.crops(self._plans(start_step)):
+        if self._downloads is not None:
+            self._downloads.start(start_step)
+        for step, (plan, crops) in enumerate(self._crops.crops(self._plans(start_step)), start_step):
+            if self._downloads is not None:
+                self._downloads.advance(step)
             images = self._finish(crops, plan)
             if self._num_views > 1:
                 images = images.view(self._num_views, len(plan.rows_B), *images.shape[1:])
@@ -96,6 +105,8 @@ class Loader:
 
     def close(self) -> None:
         """End the threads of the loader. It yields nothing afterwards."""
+        if self._downloads is not None:
+            self._downloads.close()
         if self._crops is not None:
             self._crops.close()
 
@@ -108,8 +119,7 @@ class Loader:
 
     def _plans(self, start_step: int) -> Iterator[Plan]:
         for step in count(start_step):
-            visits_B = stream.visits(self._step_rows.positions(step), self._num_rows)
-            yield self._planner.plan(self._step_rows.rows(step), visits_B)
+            yield self._planner.plan(self._step_rows.rows(step), self._step_rows.visits(step))
 
 
 def make_loader(
@@ -122,14 +132,14 @@ def make_loader(
     device: torch.device | str,
     num_threads: int,
     backend: str = "auto",
-    order: str = "permutation",
+    order: OrderConfig | None = None,
 ) -> Loader:
     """Return the loader of one rank.
 
     seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
     the G positions of a step; may be empty. num_threads: most threads that decoding and reading use together (at least
     one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch. order:
-    one of `choices.ORDERS`.
+    None is the full permutation.
     """
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:
@@ -154,16 +164,31 @@ def make_loader(
             return reference_colors(crops_MCHW, plan.factors, augment)
         return augment_colors(crops_MCHW, plan.factors, augment)
 
+    chosen = make_order(dataset, order or OrderConfig(), seed=seed, global_batch=global_batch)
     return Loader(
         crops,
         empty,
         finish,
         planner,
         damaged,
-        step_rows=stream.StepRows(dataset.index.num_rows, seed, global_batch, offsets, order),
-        num_rows=dataset.index.num_rows,
+        step_rows=StepRows(chosen, global_batch, offsets),
         num_views=augment.num_views,
+        downloads=_downloads(dataset, order, seed, global_batch, offsets) if crops is not None else None,
     )
+
+
+def _downloads(
+    dataset: Dataset, order: OrderConfig | None, seed: int, global_batch: int, offsets: tuple[int, int]
+) -> ShardDownloads | None:
+    """Return what fetches the shards that this rank reads, None for images that are here or are not packed."""
+    read = dataset.read
+    if dataset.shards is None or not isinstance(read, ShardReader) or not isinstance(read.source, RemoteShards):
+        return None
+    if read.source.cache is None:
+        return None
+    # An order of its own: the thread works beside the planner.
+    own = make_order(dataset, order or OrderConfig(), seed=seed, global_batch=global_batch)
+    return ShardDownloads(read.source, dataset.shards, own, global_batch, offsets)
 
 
 def eval_batches(
@@ -224,8 +249,10 @@ def _open_crops(
         return ReferenceMemoryCrops(dataset.pixels_NHWC, size, device), True
     if dataset.read is None:
         raise ValueError(f"backend {backend!r}: {dataset.index.source} has no encoded images; use 'auto'")
-    num_readers = max(1, num_threads // 4)
-    num_decoders = max(1, num_threads - num_readers)
+    # Readers of a folder need a core now and then; those of a far place only wait.
+    is_remote = getattr(dataset.read, "is_remote", False)
+    num_readers = _REMOTE_READERS if is_remote else max(1, num_threads // 4)
+    num_decoders = max(1, num_threads - max(1, num_threads // 4))
     if backend == "dali":
         from dataloading.dali_pipeline import DaliDecoder
 
@@ -243,6 +270,7 @@ def _open_crops(
         size=size,
         device=device,
         num_readers=num_readers,
+        read_together=1 if is_remote else _READ_TOGETHER,
     )
     return crops, backend == "torch"
 

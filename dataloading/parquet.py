@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataloading.headers import Progress, all_small, scan
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, image_checksum, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet_reader import ParquetReader
 
@@ -61,17 +61,26 @@ def open_parquet(
     on_progress: Progress | None = None,
 ) -> Dataset:
     """Return the images of parquet files. Arguments and errors as `dataloading.sources.open_dataset`."""
+    files, listed, reader = _list(root, split, max_rows)
+    require_same(files.where, index, listed)
+    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+        return Dataset(index, None, reader)
+    dataset = _scan(files, listed, reader, on_progress)
+    require_same(files.where, index, dataset.index)
+    return dataset
+
+
+def list_parquet(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, ParquetReader]:
+    """Return the images of parquet files as far as footers and labels tell; the digest needs the images' bytes."""
+    return _list(root, split, max_rows)[1:]
+
+
+def _list(root: str | None, split: str, max_rows: int | None) -> tuple[_Files, DatasetIndex, ParquetReader]:
     path = existing_root(root, "parquet", Path.exists)
     files = _open_files(path, split)
     num_rows = files.num_rows if max_rows is None else min(max_rows, files.num_rows)
     listed = _listing(f"parquet {path} ({split})", files, num_rows)
-    require_same(path, index, listed)
-    reader = ParquetReader(files.paths, files.starts, files.image)
-    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
-        return Dataset(index, None, reader)
-    dataset = _scan(files, listed, reader, on_progress)
-    require_same(path, index, dataset.index)
-    return dataset
+    return files, listed, ParquetReader(files.paths, files.starts, files.image)
 
 
 def parquet_files(root: Path, split: str) -> list[str]:
@@ -211,7 +220,7 @@ def _scan(files: _Files, listed: DatasetIndex, reader: ParquetReader, on_progres
         for images in reader.batches(listed.num_rows, _CHUNK):
             for image in images:
                 sizes.append(len(image or b""))
-                content.update(image or b"")
+                content.update(image_checksum(image or b""))
             yield images
 
     found = scan(chunks(), listed.num_rows, _open_bytes, on_progress=on_progress)

@@ -10,10 +10,13 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 MAX_KEPT_BYTES = 4 << 30
 """How many bytes of encoded images are kept in memory by one reader."""
@@ -48,6 +51,12 @@ class ParquetReader:
         if image is None:
             raise OSError(f"{self.paths[file]}: row {row - self.starts[file]} holds no bytes")
         return image
+
+    is_remote = False
+
+    def subset(self, rows_R: NDArray[np.int64]) -> RowsOf:
+        """Return the reader of some rows, numbered from 0."""
+        return RowsOf(self, rows_R)
 
     def batches(self, num_rows: int, batch_size: int) -> Iterator[list[bytes | None]]:
         """Yield the images of rows 0..num_rows-1 in order, in lists of at most `batch_size`."""
@@ -85,6 +94,22 @@ class ParquetReader:
         while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.max_kept_bytes:
             self._kept.popitem(last=False)
         return images
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOf:
+    """Some rows of a reader, numbered from 0."""
+
+    reader: ParquetReader
+    rows_R: NDArray[np.int64]
+    is_remote = False
+
+    def __call__(self, row: int) -> bytes:
+        return self.reader(int(self.rows_R[row]))
+
+    def subset(self, rows_R: NDArray[np.int64]) -> RowsOf:
+        """Return the reader of some of these rows."""
+        return RowsOf(self.reader, self.rows_R[rows_R])
 
 
 def _leaf(array: pa.Array) -> pa.Array:

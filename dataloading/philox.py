@@ -36,6 +36,10 @@ class Purpose(IntEnum):
     DROPOUT = 9
     DEMO = 10
     WEIGHTS = 11
+    SHARD_SEQUENCE = 12
+    LANE_SHARDS = 13
+    WINDOW = 14
+    PLACEMENT = 15
 
 
 def philox4x32(counters_N4: NDArray[np.uint32], key: int) -> NDArray[np.uint32]:

@@ -1,16 +1,36 @@
-"""Where images come from: one function that opens a folder, CIFAR, parquet files or the demo images."""
+"""Where images come from: one function that opens packed images, folders, objects, tars, CIFAR, parquet or the demo."""
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from dataloading.choices import SOURCE_KINDS
+from dataloading.choices import REMOTE_KINDS, SOURCE_KINDS
 from dataloading.cifar import KINDS, cifar_root, open_cifar
-from dataloading.folder import open_folder
+from dataloading.folder import list_folder, open_folder
 from dataloading.headers import EXTENSIONS, Progress
-from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Reader, dataset_of_pixels, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
-from dataloading.parquet import open_parquet, parquet_files
+from dataloading.objects import list_objects, open_objects
+from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage
+from dataloading.parquet import list_parquet, open_parquet, parquet_files
+from dataloading.pixels import PixelsReader
+from dataloading.shard_reader import ShardReader
+from dataloading.shards import MANIFEST
+from dataloading.storage import Storage, is_remote, local_path
+from dataloading.webdataset import list_webdataset, open_webdataset
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """Images as they lie in their source, not looked at."""
+
+    index: DatasetIndex
+    read: Reader
+    digest_of: str
+    """One of `shards.DIGESTS`."""
 
 
 def open_dataset(
@@ -22,47 +42,131 @@ def open_dataset(
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
     download: bool = False,
+    storage: Storage | None = None,
 ) -> Dataset:
     """Return the images of a split with fixed row numbers.
 
     kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is, the two CIFAR kinds are also read from the parquet
-    files in which hubs hold them. root: the data root, None only for the demo images.
-    split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are not read
-    again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are looked
-    at. download: fetch CIFAR where `root` is missing or empty.
+    files in which hubs hold them. root: the data root, a folder or a URI that `storage` opens; None only for the demo
+    images. split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are
+    not read again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images
+    are looked at. download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached.
 
     Raises DatasetError (a ValueError) for what a person can correct, OSError where files cannot be read.
     """
+    kind, root = _resolve(kind, root, split, max_rows, storage)
+    rows: _Rows = {"max_rows": max_rows, "index": index}
+    if kind == "demo":
+        return _open_demo(split, max_rows, index)
+    if kind == "packed":
+        return open_packed(root, split, **rows, on_progress=on_progress, storage=storage)
+    if kind == "webdataset":
+        return open_webdataset(root, split, **rows, on_progress=on_progress, storage=storage)
+    if kind == "folder" and root is not None and is_remote(root):
+        return open_objects(root, split, **rows, on_progress=on_progress, storage=storage)
+    if kind == "folder":
+        return open_folder(root, split, **rows, on_progress=on_progress)
+    if kind == "parquet":
+        return open_parquet(root, split, **rows, on_progress=on_progress)
+    path = cifar_root(KINDS[kind], root, download=download)
+    if _is_hub_folder(path):
+        return open_parquet(root, split, **rows, on_progress=on_progress)
+    return open_cifar(KINDS[kind], path, split, **rows)
+
+
+def list_images(
+    kind: str,
+    root: str | None,
+    split: str,
+    *,
+    max_rows: int | None = None,
+    download: bool = False,
+    storage: Storage | None = None,
+) -> SourceImages:
+    """Return the images of a split with a reader of their encoded bytes, and what their digest covers.
+
+    No image is looked at, so sizes in pixels are 0 and damage is unknown; the digest of parquet files, which covers the
+    images' bytes, is empty. Images that the source holds decoded are read as PNG. Arguments and errors as
+    `open_dataset`; what the digest covers is one of `shards.DIGESTS`.
+    """
+    kind, root = _resolve(kind, root, split, max_rows, storage)
+    if kind == "packed":
+        manifest, source = open_manifest(root, split, storage)
+        manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
+        read = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N)
+        return SourceImages(manifest.index, read, manifest.digest_of)
+    if kind == "webdataset":
+        return SourceImages(*list_webdataset(root, split, max_rows=max_rows, storage=storage), "list")
+    if kind == "folder" and root is not None and is_remote(root):
+        return SourceImages(*list_objects(root, split, max_rows=max_rows, storage=storage), "list")
+    if kind == "folder":
+        return SourceImages(*list_folder(root, split, max_rows=max_rows), "list")
+    if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
+        return SourceImages(*list_parquet(root, split, max_rows=max_rows), "checksums")
+    dataset = open_dataset(kind, root, split, max_rows=max_rows, download=download)
+    assert dataset.pixels_NHWC is not None
+    return SourceImages(dataset.index, PixelsReader(dataset.pixels_NHWC), "pixels")
+
+
+class _Rows(TypedDict):
+    max_rows: int | None
+    index: DatasetIndex | None
+
+
+def _resolve(
+    kind: str, root: str | None, split: str, max_rows: int | None, storage: Storage | None
+) -> tuple[str, str | None]:
+    """Check what was asked; return the kind, "auto" found out, and the root, a path without file://."""
     if kind not in SOURCE_KINDS:
         raise DatasetError(f"kind of data: found {kind!r}, expected one of {', '.join(SOURCE_KINDS)}")
     if split not in SPLIT_NAMES:
         raise DatasetError(f"split: found {split!r}, expected one of {', '.join(SPLIT_NAMES)}")
     if max_rows is not None and max_rows < 1:
         raise DatasetError(f"max_rows: found {max_rows}, expected at least 1, or None for all rows")
+    if root is not None and is_remote(root):
+        if kind == "auto":
+            return _recognise_remote(root, storage), root
+        if kind not in REMOTE_KINDS:
+            raise DatasetError(
+                f"data root {root}, kind {kind!r}: expected one of {', '.join(REMOTE_KINDS)} at a URI; copy the data "
+                "to a folder, or pack it there"
+            )
+        return kind, root
+    root = None if root is None else local_path(root)
     kind = recognise(root) if kind == "auto" else kind
     if kind == "demo" and root is not None:
         raise DatasetError(
             f"kind of data 'demo': found data root {root}, expected none, since code makes those images; leave it "
             "out, or name another kind ('auto' recognises what the root holds) or recipe"
         )
-    if kind == "demo":
-        return _open_demo(split, max_rows, index)
-    if kind == "folder":
-        return open_folder(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
-    if kind == "parquet":
-        return open_parquet(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
-    path = cifar_root(KINDS[kind], root, download=download)
-    if _is_hub_folder(path):
-        return open_parquet(root, split, max_rows=max_rows, index=index, on_progress=on_progress)
-    return open_cifar(KINDS[kind], path, split, max_rows=max_rows, index=index)
+    return kind, root
+
+
+def _recognise_remote(root: str, storage: Storage | None) -> str:
+    objects = require_storage(root, storage)
+    for names in SPLIT_NAMES.values():
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                objects.size(f"{name}/{MANIFEST}")
+                return "packed"
+    keys = [key for key, _ in objects.list_sizes()]
+    if not keys:
+        raise DatasetError(f"data root {root}: found no objects; correct the URI, or put images there")
+    has_tars = any(key.endswith(".tar") for key in keys)
+    has_images = any("." + key.rpartition(".")[2].lower() in EXTENSIONS for key in keys)
+    if has_tars or has_images:
+        return "webdataset" if has_tars else "folder"
+    raise DatasetError(
+        f"no images in {root}: found {', '.join(keys[:8])}; expected packed images ({MANIFEST}), tars or image files"
+    )
 
 
 def require_root(kind: str, root: str, *, download: bool = False) -> None:
     """Raise DatasetError where the data root is not there or cannot be read; download as in `open_dataset`."""
     if kind in KINDS:
         cifar_root(KINDS[kind], root, download=download)
-    else:
-        existing_root(root, kind, Path.exists)
+    elif not is_remote(root):
+        existing_root(local_path(root), kind, Path.exists)
 
 
 def recognise(root: str | None) -> str:
@@ -74,6 +178,8 @@ def recognise(root: str | None) -> str:
         if path.suffix.lower() == ".parquet":
             return "parquet"
         raise DatasetError(f"data root {path}: found a file, expected a folder or a .parquet file")
+    if packed_splits(path):
+        return "packed"
     for kind, cifar in KINDS.items():
         for folder in (path, path / cifar.folder):
             if any((folder / names[0]).is_file() for names in cifar.files.values()):
@@ -83,6 +189,8 @@ def recognise(root: str | None) -> str:
         return "parquet"
     if list_files(path, path, EXTENSIONS, first_only=True):
         return "folder"
+    if list_files(path, path, {".tar"}, first_only=True):
+        return "webdataset"
     if any(parquet_files(path, split) for split in SPLIT_NAMES):
         return "parquet"
     raise _unknown(path)

@@ -8,7 +8,7 @@ The permutation is a Feistel network over Z_a x Z_b with a*b >= N (round functio
 0..N-1; Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). It needs no memory at any N and can be
 inverted, so that the step at which a row is visited can be computed as well.
 
-Shapes: G global batch, B its part, T steps, P positions, N rows of the dataset.
+Shapes: G global batch, P positions, N rows of the dataset.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ from math import isqrt
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dataloading.choices import ORDERS
 from dataloading.philox import Purpose, philox4x32
 
-_BLOCK_POSITIONS = 4096
 _ROUNDS = 12  # 8 leave a measurable bias at N = 5, where the halves hold two bits
 
 
@@ -35,47 +33,12 @@ def visits(positions_P: ArrayLike, num_rows: int) -> NDArray[np.int64]:
     return np.asarray(positions_P, dtype=np.int64) // num_rows
 
 
-def rows(positions_P: ArrayLike, num_rows: int, seed: int, order: str = "permutation") -> NDArray[np.int64]:
-    """Return the dataset row at each stream position, int64 (P,).
-
-    num_rows: N, at most 2^40. seed: 64 bits. order: the kind of order, one of `ORDERS`.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"order: found {order!r}, expected one of {', '.join(ORDERS)}")
+def rows(positions_P: ArrayLike, num_rows: int, seed: int) -> NDArray[np.int64]:
+    """Return the dataset row at each stream position, int64 (P,). num_rows: N, at most 2^40. seed: 64 bits."""
     if not 1 <= num_rows <= 2**40:
         raise ValueError(f"num_rows: found {num_rows}, expected 1 to 2^40")
     epochs, places = np.divmod(np.asarray(positions_P, dtype=np.int64), num_rows)
     return _walk(places, epochs, num_rows, seed, _forward)
-
-
-class StepRows:
-    """The rows of a part of every global step, computed for many steps at once.
-
-    The network's rounds take as long for one position as for a thousand; a few thousand at a time make them free.
-    num_rows, seed, order: as for `rows`. offsets: the part [start, stop) of the G positions of a step.
-    """
-
-    def __init__(
-        self, num_rows: int, seed: int, global_batch: int, offsets: tuple[int, int], order: str = "permutation"
-    ) -> None:
-        self._num_rows, self._seed, self._order = num_rows, seed, order
-        self._global_batch, self._offsets_B = global_batch, np.arange(*offsets, dtype=np.int64)
-        self._steps = max(1, _BLOCK_POSITIONS // max(1, len(self._offsets_B)))
-        self._block, self._rows_TB = -1, np.empty((0, 0), dtype=np.int64)
-
-    def positions(self, step: int) -> NDArray[np.int64]:
-        """Return the part's stream positions of a step, int64 (B,)."""
-        return step * self._global_batch + self._offsets_B
-
-    def rows(self, step: int) -> NDArray[np.int64]:
-        """Return the part's dataset rows of a step, int64 (B,)."""
-        block, place = divmod(step, self._steps)
-        if block != self._block:
-            first = block * self._steps
-            positions_TB = np.stack([self.positions(first + t) for t in range(self._steps)])
-            rows_P = rows(positions_TB.reshape(-1), self._num_rows, self._seed, self._order)
-            self._block, self._rows_TB = block, rows_P.reshape(positions_TB.shape)
-        return self._rows_TB[place]
 
 
 def positions_of(rows_P: ArrayLike, epochs_P: ArrayLike, num_rows: int, seed: int) -> NDArray[np.int64]:

@@ -93,6 +93,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.download",
         "data.max_bad_share",
         "data.backend",
+        "data.cache_dir",
+        "data.cache_gb",
         "data.test_split",
         "data.max_test_rows",
         *(f"{section}.{f.name}" for section, kind in (("eval", EvalConfig), ("checkpoint", CheckpointConfig),

@@ -8,6 +8,7 @@ from typing import Any
 
 from dataloading.choices import BACKENDS, ORDERS, SOURCE_KINDS
 from dataloading.listing import SPLIT_NAMES
+from dataloading.order import OrderConfig
 
 ARCHITECTURES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16"),
@@ -35,9 +36,10 @@ class DataConfig:
     """Where the images are."""
 
     kind: str = "auto"
-    """One of `SOURCE_KINDS`; "auto" recognises a folder of images, CIFAR's binary files and parquet files."""
+    """One of `SOURCE_KINDS`; "auto" recognises packed images, a folder of images, WebDataset tars, CIFAR's binary files
+    and parquet files."""
     root: str | None = None
-    """Folder that holds the data; not used by the embedded demo data."""
+    """Folder or URI (s3://…) that holds the data; not used by the embedded demo data."""
     download: bool = False
     """For the kinds "cifar10" and "cifar100": fetch the images where `root` is missing or empty."""
     train_split: str = "train"
@@ -53,7 +55,17 @@ class DataConfig:
     max_bad_share: float = 0.1
     """Damaged images are replaced and reported; more than this share of the training images ends the run."""
     order: str = "permutation"
-    """Kind of order of an epoch; fixed at a run's first start."""
+    """Order of the images in an epoch, fixed at a run's first start: "permutation", or "block" for packed images beyond
+    what the disk of a node holds, where a node downloads its share of the shards only."""
+    lanes: int = 16
+    """Block order: parts into which the shards are divided, each supplying a fixed part of every batch; at least as
+    many as nodes. Fixed at the first start."""
+    window: int = 4
+    """Block order: shards of a lane whose images are mixed at a time. Fixed at the first start."""
+    cache_dir: str | None = None
+    """Where shards of remote images are kept on every machine; None: $INSTDISC_CACHE, else ~/.cache/instdisc."""
+    cache_gb: float | None = None
+    """Most bytes (10^9) of shards kept there, 0 for none; None: all of the disk but 5 %."""
 
     def __post_init__(self) -> None:
         check(
@@ -64,10 +76,18 @@ class DataConfig:
             ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
+            ("lanes", self.lanes, self.lanes >= 1, "at least 1"),
+            ("window", self.window, self.window >= 1, "at least 1"),
+            ("cache_gb", self.cache_gb, self.cache_gb is None or self.cache_gb >= 0, "at least 0, or none"),
             ("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "0 <= share < 1"),
             ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),
             ("max_test_rows", self.max_test_rows, self.max_test_rows is None or self.max_test_rows >= 1, "at least 1"),
         )
+
+    @property
+    def order_config(self) -> OrderConfig:
+        """The order as the data path takes it."""
+        return OrderConfig(self.order, self.lanes, self.window)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import numpy as np
 from cluster.worker import Worker, run_local
 from dataloading.index import Dataset, dataset_of_pixels
 from dataloading.loader import Batch, make_loader
-from dataloading.sources import open_dataset
+from dataloading.order import make_order
 from instdisc.benchmark.environment import environment
 from instdisc.benchmark.pairing import BenchmarkError, Say, alternate, paired_result, sweep
 from instdisc.benchmark.peak_memory import HOW, peak_bytes
@@ -28,6 +28,7 @@ from instdisc.benchmark.plain_data import PlainData, PlainDataSettings, plain_da
 from instdisc.benchmark.plain_loop import NEGATIVES, PlainLoop, PlainSettings, plain_settings
 from instdisc.benchmark.timed_steps import LoaderBatches, PreparedBatches, Source, TimedSteps
 from instdisc.config import MIN_CHANNELS_LAST, TrainConfig
+from instdisc.images import open_images
 from instdisc.train.plan import BatchPlan
 from instdisc.train.state import build_state
 from instdisc.train.step import Stepper
@@ -206,7 +207,10 @@ class _Bench:
 
     def _ours(self, source: Source) -> tuple[Stepper, TimedSteps]:
         plan = BatchPlan(self.batch_size, self.config.optim.norm_group or self.batch_size, 1)
-        stepper = Stepper(build_state(self.config, self.num_rows, self.worker), plan, self.worker)
+        order = make_order(
+            self.dataset, self.config.data.order_config, seed=self.config.seed, global_batch=self.batch_size
+        )
+        stepper = Stepper(build_state(self.config, self.num_rows, self.worker), plan, self.worker, order)
         return stepper, TimedSteps(stepper, source, self.benchmark.steps, self.worker.device)
 
     def _plain(
@@ -249,7 +253,7 @@ def _peak_of_side(worker: Worker, benchmark: StepBenchmark, settings: PlainSetti
 def _open_images(benchmark: StepBenchmark) -> Dataset:
     data, size = benchmark.config.data, benchmark.config.augment.size
     if benchmark.use_own_images:
-        return open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows, download=data.download)
+        return open_images(data, data.train_split, max_rows=data.max_rows)
     num_rows = data.max_rows or MADE_UP_ROWS
     if num_rows * size * size * 3 > MADE_UP_BYTES:
         raise BenchmarkError(
@@ -273,6 +277,7 @@ def _make_loader(config: TrainConfig, dataset: Dataset, worker: Worker):
         device=worker.device,
         num_threads=worker.num_threads,
         backend=config.data.backend,
+        order=config.data.order_config,
     )
 
 

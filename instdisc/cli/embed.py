@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> int:
     """Embed the images and write float32 (N, D); row numbers are those of `instdisc index`."""
     import numpy as np
 
-    from dataloading.sources import open_dataset
+    from instdisc.config_sections import DataConfig
     from instdisc.embedding import embed_here
+    from instdisc.images import open_images
     from instdisc.loading import load_encoder
     from instdisc.progress import Progress
 
@@ -35,10 +36,10 @@ def run(options: argparse.Namespace) -> int:
     encoder = load_encoder(options.uri, device="auto")
     data = encoder.config.data
     if options.source:
-        dataset = open_dataset("auto", options.source, options.split)
+        dataset = open_images(DataConfig(root=options.source), options.split)
     else:
         rows = data.max_rows if options.split == data.train_split else data.max_test_rows
-        dataset = open_dataset(data.kind, data.root, options.split, max_rows=rows)
+        dataset = open_images(data, options.split, max_rows=rows)
     started_s = time.monotonic()
     progress = Progress()
     try:

@@ -14,7 +14,9 @@ from instdisc.config_sections import SOURCE_KINDS
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser of all commands."""
     parser = commands.add_parser("index", help="list the images of a data set, with what is wrong with any")
-    parser.add_argument("source", metavar="SRC", help="folder of images, CIFAR or parquet files")
+    parser.add_argument(
+        "source", metavar="SRC", help="folder or URI of images, packed images, tars, CIFAR or parquet files"
+    )
     parser.add_argument("--kind", choices=SOURCE_KINDS, default="auto", help="what SRC holds (default: auto)")
     parser.add_argument("--split", default="train", help="split to look at (default: train)")
     parser.add_argument("--out", metavar="FILE", help="write the index as a parquet file")
@@ -25,11 +27,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Open the data set and print its index."""
-    from dataloading.sources import open_dataset
+    from instdisc.config_sections import DataConfig
+    from instdisc.images import open_images
 
     started_s = time.monotonic()
     out = output_file(options.out) if options.out else None
-    index = open_dataset(options.kind, options.source, options.split).index
+    index = open_images(DataConfig(kind=options.kind, root=options.source), options.split).index
     if out:
         index.save(out)
     document = {

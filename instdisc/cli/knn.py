@@ -24,9 +24,9 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
-    from dataloading.sources import open_dataset
     from instdisc.embedding import embed_here
     from instdisc.evaluate.knn import knn_classify, top1
+    from instdisc.images import open_images
     from instdisc.loading import load_bank, load_encoder
     from instdisc.progress import Progress
     from instdisc.runs import RunError, existing_run
@@ -34,8 +34,8 @@ def run(options: argparse.Namespace) -> int:
     encoder = load_encoder(options.uri, device="auto")
     data, asked = encoder.config.data, {"k": options.k, "temperature": options.temperature}
     eval_config = replace(encoder.config.eval, **{name: v for name, v in asked.items() if v is not None})
-    train = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows)
-    test = open_dataset(data.kind, data.root, data.test_split, max_rows=data.max_test_rows)
+    train = open_images(data, data.train_split, max_rows=data.max_rows)
+    test = open_images(data, data.test_split, max_rows=data.max_test_rows)
     existing_run(options.uri).agree_on_dataset(train.index)
     if train.index.labels_N is None or test.index.labels_N is None:
         raise RunError(f"{train.index.source} and {test.index.source}: found no labels, which kNN accuracy needs")

@@ -11,9 +11,10 @@ from cluster.checkpoint import Checkpointer
 from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
-from dataloading.sources import open_dataset
+from dataloading.order import make_order
 from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
 from instdisc.config import TrainConfig
+from instdisc.images import open_images
 from instdisc.runs import NEIGHBOURS, Run, RunError, RunResult
 from instdisc.schedule import learning_rate, num_steps
 from instdisc.train.evaluation import Evaluation, KnnEvaluator
@@ -69,9 +70,9 @@ def require_same_images(worker: Worker, train_set: Dataset, test_set: Dataset | 
 def open_sets(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> tuple[Dataset, Dataset | None]:
     """Return the training images and the test images, None where there are none; `on_missing` is told why."""
     data = config.data
-    train_set = open_dataset(data.kind, data.root, data.train_split, max_rows=data.max_rows, download=data.download)
+    train_set = open_images(data, data.train_split, max_rows=data.max_rows)
     try:
-        return train_set, open_dataset(data.kind, data.root, data.test_split, max_rows=data.max_test_rows)
+        return train_set, open_images(data, data.test_split, max_rows=data.max_test_rows)
     except DatasetError as error:
         if on_missing:
             on_missing(str(error))
@@ -91,7 +92,13 @@ class Training:
         self.num_steps = num_steps(config.optim, self.num_rows)
         self.plan = BatchPlan(config.optim.global_batch, config.optim.norm_group, worker.world_size)
         self.state: TrainState = build_state(config, self.num_rows, worker)
-        self.stepper = Stepper(self.state, self.plan, worker)
+        order = config.data.order_config
+        self.stepper = Stepper(
+            self.state,
+            self.plan,
+            worker,
+            make_order(train_set, order, seed=config.seed, global_batch=config.optim.global_batch),
+        )
         self.checkpointer = Checkpointer(run.checkpoints(), worker=worker, keep_last=config.checkpoint.keep_last)
         self.evaluator = KnnEvaluator(train_set, test_set, config, worker) if test_set is not None else None
         self.loader: Loader = make_loader(
@@ -103,7 +110,7 @@ class Training:
             device=worker.device,
             num_threads=worker.num_threads,
             backend=config.data.backend,
-            order=config.data.order,
+            order=order,
         )
         self.monitor = Monitor(worker, config, run, self.num_steps, self.num_rows)
         self._next_look = 0

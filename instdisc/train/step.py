@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.collectives import all_gather_rows
 from cluster.worker import Worker
 from dataloading.loader import Batch
+from dataloading.order import Order, StepRows
 from dataloading.philox import Purpose, words
-from dataloading.stream import StepRows
 from instdisc.memory_bank import GlobalBatch, PendingLookup, PendingUpdate
 from instdisc.negatives import negative_indices
 from instdisc.objectives import infonce_loss, softmax_loss
@@ -51,15 +51,14 @@ class _Fetched:
 class Stepper:
     """Runs the steps of one rank; between them it holds only the bank's rows that are on their way."""
 
-    def __init__(self, state: TrainState, plan: BatchPlan, worker: Worker) -> None:
+    def __init__(self, state: TrainState, plan: BatchPlan, worker: Worker, order: Order) -> None:
         self.state, self.plan, self.worker = state, plan, worker
         self.sums = StepSums(worker.device)
         self._negatives = 0 if state.config.objective.name == "softmax" else state.config.objective.num_negatives
         self._autocast = autocast_dtype(state.config, worker.device)
         self._channels_last = use_channels_last(state.config, worker.device)
         self._has_dropout = any(isinstance(m, torch.nn.Dropout) for m in state.encoder.modules())
-        config, everyone = state.config, (0, plan.global_batch)
-        self._step_rows = StepRows(state.bank.num_rows, config.seed, plan.global_batch, everyone, config.data.order)
+        self._step_rows = StepRows(order, plan.global_batch, (0, plan.global_batch))
         self._fetching: _Fetching | None = None
 
     def step(self, batch: Batch) -> None:

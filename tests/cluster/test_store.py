@@ -130,7 +130,7 @@ def test_a_store_means_the_same_place_in_every_process(store, tmp_path, monkeypa
     assert copies[1].uri == str(tmp_path / "run2")
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/run", "s3://", "memory://", "", "file://"])
+@pytest.mark.parametrize("uri", ["nowhere://bucket/run", "s3://", "memory://", "", "file://"])
 def test_a_uri_that_names_no_place_is_refused(uri):
     with pytest.raises(ValueError, match="found"):
         Store(uri)

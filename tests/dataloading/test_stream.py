@@ -53,23 +53,6 @@ def test_the_ranks_groups_tile_the_global_batch(global_batch, norm_group, world_
     assert max(counts) - min(counts) <= 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    num_rows=st.integers(1, 300),
-    global_batch=st.integers(1, 9000),
-    part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    steps=st.lists(st.integers(0, 3000), min_size=1, max_size=8),
-    seed=seeds,
-)
-def test_step_rows_are_the_stream_in_whatever_order_steps_are_asked_for(num_rows, global_batch, part, steps, seed):
-    offsets = tuple(int(p * global_batch) for p in sorted(part))
-    step_rows = stream.StepRows(num_rows, seed, global_batch, offsets)
-    for step in steps:
-        positions_B = stream.positions(step, global_batch)[slice(*offsets)]
-        assert step_rows.positions(step).tolist() == positions_B.tolist()
-        assert step_rows.rows(step).tolist() == stream.rows(positions_B, num_rows, seed).tolist()
-
-
 def test_epochs_and_seeds_have_different_orders():
     orders = [tuple(stream.rows(np.arange(e * 50, (e + 1) * 50), 50, seed).tolist())
               for e in range(4) for seed in range(4)]  # fmt: skip
@@ -92,7 +75,7 @@ def test_each_place_of_an_epoch_sees_all_rows_about_equally_often():
     assert ((counts - 400.0) ** 2 / 400.0).sum(axis=1).max() < 55
 
 
-@pytest.mark.parametrize(("num_rows", "order", "message"), [(0, "permutation", "num_rows"), (9, "sorted", "order")])
-def test_an_impossible_stream_is_refused(num_rows, order, message):
-    with pytest.raises(ValueError, match=message):
-        stream.rows([0], num_rows, 0, order)
+@pytest.mark.parametrize("num_rows", [0, 2**40 + 1])
+def test_an_impossible_stream_is_refused(num_rows):
+    with pytest.raises(ValueError, match="num_rows"):
+        stream.rows([0], num_rows, 0)

@@ -1,0 +1,72 @@
+"""A parallel map over the cores of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
+from typing import Any
+
+
+class MapProcessDied(RuntimeError):
+    """A process of a parallel map was killed."""
+
+
+@dataclass(frozen=True)
+class ProcessMap:
+    """Calls a function in processes of this machine: `ProcessMap(4)(function, items)`."""
+
+    num_processes: int
+    """0 calls it in this process."""
+
+    def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        """Yield function(item) for all items, as they are done; few items are alive at a time.
+
+        function: at the top level of a module, it and the items picklable. What it raises ends the map, and the
+        processes end with this one even where it is killed. Raises MapProcessDied where one of them was killed.
+        """
+        if self.num_processes == 0:
+            yield from map(function, items)
+            return
+        # Not fork: this process may have threads, whose locks a forked one would wait for.
+        context = multiprocessing.get_context("spawn")
+        left = iter(items)
+        with ProcessPoolExecutor(self.num_processes, context, initializer=_follow_parent) as pool:
+            waiting = {pool.submit(function, item) for item in islice(left, 2 * self.num_processes)}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    waiting |= {pool.submit(function, item) for item in islice(left, len(done))}
+                    yield from (_result(future) for future in done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise MapProcessDied(
+            "a worker process was killed (out of memory, or a decoder crashed on a hostile image); what was done is "
+            "kept, the same command goes on"
+        ) from error
+
+
+def _follow_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
+    threading.Thread(target=_exit_after_parent, name="die-with-parent", daemon=True).start()
+
+
+def _exit_after_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,102 @@
+"""Retries of reads from a storage that is there but does not answer well: 503, stalls, resets, a restart.
+
+The client library retries a request a few times within seconds. What is done here is to outlast a server that is gone
+for minutes. A place that never answered is given up soon: its address is probably wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_LOG = logging.getLogger("instdisc.storage")
+Result = TypeVar("Result")
+
+PATIENCE_S = 300.0
+FIRST_PATIENCE_S = 10.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_TRANSIENT_NUMBERS = frozenset(
+    {
+        *(errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH),
+        *(errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETDOWN, errno.ENETRESET),
+    }
+)
+_TRANSIENT_CODES = frozenset(
+    {
+        *("SlowDown", "ErrTooManyRequest", "TooManyRequests", "Throttling", "ThrottlingException"),
+        *("RequestLimitExceeded", "BandwidthLimitExceeded", "RequestTimeout", "RequestTimeoutException"),
+        *("InternalError", "ServiceUnavailable"),
+    }
+)
+_TRANSIENT_STATUS = (429, 500, 502, 503, 504)
+
+
+class Patience:
+    """Calls reads again until they succeed, for as long as waiting makes sense. Safe in threads."""
+
+    def __init__(self, place: str, patience_s: float = PATIENCE_S) -> None:
+        self._place, self._patience_s = place, patience_s
+        self._answered = False
+        self._told_s = -float("inf")
+        self._lock = threading.Lock()
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Return function(); what it raises is raised where it is no passing failure, or where it does not pass."""
+        started_s, pause_s = time.monotonic(), _FIRST_PAUSE_S
+        while True:
+            try:
+                result = function()
+            except Exception as error:
+                waited_s = time.monotonic() - started_s
+                limit_s = self._patience_s if self._answered else min(self._patience_s, FIRST_PATIENCE_S)
+                if not is_transient(error) or waited_s + pause_s > limit_s:
+                    raise
+                self._tell(error, limit_s - waited_s)
+                # Spread out, or all that wait come back in the same moment.
+                time.sleep(pause_s * random.uniform(0.5, 1.0))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                self._answered = True
+                return result
+
+    def _tell(self, error: Exception, left_s: float) -> None:
+        with self._lock:
+            if time.monotonic() - self._told_s < _LONGEST_PAUSE_S:
+                return
+            self._told_s = time.monotonic()
+        _LOG.warning(
+            "%s does not answer (%s: %s); trying again for %.0f s", self._place, type(error).__name__, error, left_s
+        )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again may help: what a network or a busy server does, unlike a wrong name or password."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError)):
+            return True
+        if isinstance(seen, OSError) and seen.errno in _TRANSIENT_NUMBERS:
+            return True
+        if _is_transient_of_a_client(seen):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _is_transient_of_a_client(error: BaseException) -> bool:
+    # By name: the libraries of S3 are imported only where S3 is used.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"HTTPClientError", "ConnectionError", "ResponseStreamingError", "ClientPayloadError", "ClientOSError"}:
+        return True
+    response = getattr(error, "response", None)
+    if not isinstance(response, dict):
+        return False
+    code = str(response.get("Error", {}).get("Code", ""))
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS or code in map(str, _TRANSIENT_STATUS)

@@ -1,0 +1,153 @@
+"""Downloads a data set's shards into the cache ahead of the training that reads them.
+
+In block order the shards that a worker reads, and when, follow from the order: they are fetched in that order, and each
+is marked with the time of its next use, so that the cache removes what is needed latest. In the full permutation every
+shard is needed all the time: they are fetched as far as the cache has room.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from dataloading.block_order import BlockOrder, ShardUse
+from dataloading.cache import OVERDUE_S, Fetched
+from dataloading.index import ShardLayout
+from dataloading.order import Order
+from dataloading.shard_reader import RemoteShards
+
+_LOG = logging.getLogger("instdisc.downloads")
+_SHARDS_AT_ONCE = 2
+_TICK_S = 0.5
+_REFRESH_S = OVERDUE_S / 6
+_FIRST_GUESS_S_PER_STEP = 0.1
+
+
+class ShardDownloads:
+    """A thread that keeps the cache ahead of one rank's part of the stream, from `start` to `close`."""
+
+    def __init__(
+        self, source: RemoteShards, layout: ShardLayout, order: Order, global_batch: int, offsets: tuple[int, int]
+    ) -> None:
+        self._source, self._numbers_S = source, layout.numbers_S.tolist()
+        self._order, self._global_batch, self._offsets = order, global_batch, offsets
+        self._step = 0
+        self._clock = (0, time.time())
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, step: int) -> None:
+        """Begin, or begin anew, at a step."""
+        self.close()
+        self._stop = threading.Event()
+        self._step, self._clock = step, (step, time.time())
+        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="download-shards", daemon=True)
+        self._thread.start()
+
+    def advance(self, step: int) -> None:
+        """Say which step is read now."""
+        self._step = step
+
+    def close(self) -> None:
+        """End the thread; a piece that is on its way is waited for."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, stop: threading.Event) -> None:
+        with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="download-shard") as pool:
+            if isinstance(self._order, BlockOrder):
+                self._follow_blocks(self._order, pool, stop)
+            else:
+                self._fill_cache(pool, stop)
+
+    def _follow_blocks(self, order: BlockOrder, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+        uses = order.uses_from(self._offsets, self._step * self._global_batch)
+        active: list[ShardUse] = []
+        under_way: dict[Future[bool], ShardUse] = {}
+        waiting: ShardUse | None = None
+        while not stop.is_set():
+            while len(under_way) < _SHARDS_AT_ONCE and not stop.is_set():
+                use = waiting or next(uses)
+                waiting = None
+                future = pool.submit(self._fetch, self._numbers_S[use.shard], self._time_of(use.first), stop)
+                under_way[future] = use
+            done, _ = wait(under_way, timeout=_TICK_S, return_when="FIRST_COMPLETED")
+            for future in done:
+                use = under_way.pop(future)
+                if future.result():
+                    active.append(use)
+                elif use.last >= self._step * self._global_batch:
+                    # No room, or a storage that fails: later, unless its images were read one by one meanwhile.
+                    waiting = use
+                    stop.wait(_TICK_S)
+            active = self._retire(order, active)
+
+    def _retire(self, order: BlockOrder, active: list[ShardUse]) -> list[ShardUse]:
+        """Mark the shards whose use is over with the time of their use in the next epoch; return the others."""
+        position = self._step * self._global_batch
+        over = [use for use in active if use.last < position]
+        if not over:
+            return active
+        epoch = position // order.num_rows + 1
+        next_uses: dict[int, int] = {}
+        for use in (*order.uses(self._offsets, epoch - 1), *order.uses(self._offsets, epoch)):
+            if use.last >= position:
+                next_uses.setdefault(use.shard, use.first)
+        for use in over:
+            # A shard at a lane's border may be another rank's from now on: it goes first.
+            first = next_uses.get(use.shard, position + 2 * order.num_rows)
+            self._touch(use.shard, self._time_of(first))
+        return [use for use in active if use.last >= position]
+
+    def _fill_cache(self, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+        refreshed = time.monotonic()
+        # Workers of a machine begin at different shards, so that they do not ask for the same ones.
+        start = len(self._numbers_S) * self._offsets[0] // self._global_batch
+        missing = [*range(start, len(self._numbers_S)), *range(start)]
+        while not stop.is_set():
+            still_missing = []
+            for shards in _pairs(missing, _SHARDS_AT_ONCE):
+                if stop.is_set():
+                    return
+                wanted = [self._numbers_S[shard] for shard in shards]
+                there = list(pool.map(lambda number: self._fetch(number, time.time(), stop), wanted))
+                still_missing += [shard for shard, is_there in zip(shards, there, strict=True) if not is_there]
+            missing = still_missing
+            if not missing or time.monotonic() - refreshed > _REFRESH_S:
+                for shard in range(len(self._numbers_S)):
+                    self._touch(shard, time.time())
+                refreshed = time.monotonic()
+            stop.wait(_REFRESH_S if not missing else 20 * _TICK_S)
+
+    def _fetch(self, number: int, next_use: float, stop: threading.Event) -> bool:
+        """Have a shard in the cache; return whether it is there."""
+        try:
+            while not stop.is_set():
+                fetched = self._source.fetch(number, next_use)
+                if fetched is not Fetched.BUSY:
+                    return fetched is Fetched.THERE
+                stop.wait(_TICK_S)
+        except OSError as error:
+            # The reader of an image meets the same failure and decides what it means.
+            _LOG.warning("shard %s is not downloaded: %s", self._source.shards[number].name, error)
+        return False
+
+    def _touch(self, shard: int, next_use: float) -> None:
+        if self._source.cache is not None:
+            self._source.cache.touch(self._source.cache_key(self._numbers_S[shard]), next_use)
+
+    def _time_of(self, position: int) -> float:
+        """Return when a position will be read, at the speed so far."""
+        (first, started), step, now = self._clock, self._step, time.time()
+        pace_s = (now - started) / (step - first) if step - first >= 10 else _FIRST_GUESS_S_PER_STEP
+        return now + max(0.0, (position / self._global_batch - step) * pace_s)
+
+
+def _pairs(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

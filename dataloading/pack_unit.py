@@ -1,0 +1,175 @@
+"""Packing one shard: read its images, decode each in full, write the tar and then the report that it is done.
+
+Runs in other processes and on other machines. Nothing is pickled to the storage: the report is JSON.
+
+Shapes: R images of the unit.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tarfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from dataloading import headers
+from dataloading.index import DatasetError, Reader, image_checksum
+from dataloading.shards import PIECE_BYTES, Shard
+from dataloading.storage import Objects
+
+REPORTS = ".parts"
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """What one unit is. Picklable."""
+
+    number: int
+    plan: str
+    """Name of the plan that it belongs to; a report of another plan does not count."""
+    source: str
+    names: tuple[str, ...]
+    labels: tuple[int, ...] | None
+    read: Reader
+    """Reads the unit's images, numbered from 0."""
+    target: Objects
+    folder: str
+    keep_bad: bool
+
+    @property
+    def shard_name(self) -> str:
+        return f"{self.number:06d}.tar"
+
+    @property
+    def report_key(self) -> str:
+        return report_key(self.folder, self.number)
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """What became of one image."""
+
+    height: int = 0
+    width: int = 0
+    length: int = 0
+    offset: int = -1
+    """Place of its first byte in the shard; -1: it was left out."""
+    checksum: str = ""
+    """Base64."""
+    reason: str = ""
+    """Why it is damaged; empty where it is not."""
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """What became of a unit's images, in its order."""
+
+    number: int
+    plan: str
+    shard: Shard
+    images: tuple[PackedImage, ...]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> UnitReport:
+        """Read a report. Raises ValueError, KeyError or TypeError for anything else."""
+        document: dict[str, Any] = json.loads(text)
+        shard = Shard(**{**document["shard"], "pieces": tuple(document["shard"]["pieces"])})
+        images = tuple(PackedImage(**image) for image in document["images"])
+        return cls(int(document["number"]), str(document["plan"]), shard, images)
+
+
+def report_key(folder: str, number: int) -> str:
+    """Return the key of a unit's report."""
+    return f"{folder}{REPORTS}/{number:06d}.json"
+
+
+def pack_unit(task: PackTask) -> tuple[int, int, int]:
+    """Pack one unit; return its number, its images and the bytes of its shard.
+
+    Raises DatasetError where none of its images can be read: that is a storage that is gone, and no damage.
+    """
+    buffer = io.BytesIO()
+    images: list[PackedImage] = []
+    num_unread = 0
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, name in enumerate(task.names):
+            try:
+                encoded = task.read(number)
+            except OSError as error:
+                encoded, looked = b"", PackedImage(reason=f"cannot be read: {error}"[:200])
+                num_unread += 1
+            else:
+                looked = look_at(encoded)
+            if looked.reason and not task.keep_bad:
+                images.append(looked)
+                continue
+            stem, member = member_name(name, encoded)
+            offset = _add(tar, buffer, member, encoded)
+            if task.labels is not None:
+                _add(tar, buffer, f"{stem}.cls", str(task.labels[number]).encode())
+            checksum = base64.b64encode(image_checksum(encoded)).decode()
+            images.append(PackedImage(looked.height, looked.width, len(encoded), offset, checksum, looked.reason))
+    if num_unread == len(task.names) > 1:
+        raise DatasetError(f"{task.source}: none of {num_unread} images can be read, for instance {images[0].reason}")
+    data = buffer.getbuffer()
+    num_rows = sum(image.offset >= 0 for image in images)
+    pieces = tuple(image_checksum(data[i : i + PIECE_BYTES]).hex() for i in range(0, len(data), PIECE_BYTES))
+    report = UnitReport(task.number, task.plan, Shard(task.shard_name, len(data), num_rows, pieces), tuple(images))
+    task.target.put(f"{task.folder}{task.shard_name}", data)
+    # The report comes last: a shard without one was interrupted and is written again.
+    task.target.put(task.report_key, report.to_json())
+    return task.number, len(task.names), len(data)
+
+
+def look_at(encoded: bytes) -> PackedImage:
+    """Return an image's size after decoding it in full, or the reason why it is damaged."""
+    height = width = 0
+    try:
+        # Filters are global, but this process has one thread.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(encoded), formats=headers.FORMATS) as image:
+                width, height = image.size
+                headers.check_size(height, width)
+                pixels_HWC = headers.decode(image)
+        assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
+    except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+        return PackedImage(height, width, len(encoded), reason=headers.reason(error))
+    return PackedImage(height, width, len(encoded))
+
+
+def member_name(name: str, encoded: bytes) -> tuple[str, str]:
+    """Return the name of an image in the tar without and with its ending: the source's, or its format's."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in headers.EXTENSIONS:
+        return name[: -len(path.suffix)], name
+    try:
+        with Image.open(io.BytesIO(encoded), formats=headers.FORMATS) as image:
+            ending = (image.format or "img").lower()
+    except Exception:  # a damaged image that is packed all the same
+        ending = "img"
+    return name, f"{name}.{ending}"
+
+
+def _add(tar: tarfile.TarFile, buffer: io.BytesIO, name: str, data: bytes) -> int:
+    """Add a member, the same bytes whoever packs it and when; return the place of its first byte."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(data), 0o644
+    tar.addfile(member, io.BytesIO(data))
+    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return buffer.tell() - padded
+
+
+def labels_of(labels_N: Any, rows: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the labels of some rows, None where there are none."""
+    return None if labels_N is None else tuple(int(labels_N[row]) for row in rows)

@@ -1,0 +1,139 @@
+"""Opens packed images (`dataloading.shards`), on this machine or elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dataloading.cache import Fetched
+from dataloading.headers import Progress, all_small, scan
+from dataloading.index import Dataset, DatasetError, DatasetIndex, require_same
+from dataloading.listing import SPLIT_NAMES, contents, existing_root
+from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
+from dataloading.shards import MANIFEST, PIECE_BYTES, ShardManifest, fingerprint_of, load_manifest
+from dataloading.storage import Objects, Storage, is_remote, local_path
+
+_HEAD_BYTES = 64 << 10
+_ROWS_AT_ONCE = 64
+_MANIFEST_WAIT_S = 600.0
+
+_Shards = LocalShards | RemoteShards
+
+
+def open_packed(
+    root: str | None,
+    split: str,
+    *,
+    max_rows: int | None = None,
+    index: DatasetIndex | None = None,
+    on_progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Dataset:
+    """Return packed images. Arguments and errors as `dataloading.sources.open_dataset`."""
+    manifest, source = open_manifest(root, split, storage)
+    manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
+    require_same(str(root), index, manifest.index)
+    reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N)
+    found = manifest.index
+    if not all_small(found.heights_N, found.widths_N, found.bad_N):
+        return Dataset(found, None, reader, manifest.layout)
+    scanned = scan(_in_row_order(manifest, source), found.num_rows, io.BytesIO, on_progress=on_progress)
+    return Dataset(found, scanned.pixels_NHWC, None if scanned.pixels_NHWC is not None else reader, manifest.layout)
+
+
+def open_manifest(root: str | None, split: str, storage: Storage | None) -> tuple[ShardManifest, _Shards]:
+    """Return the manifest of a split and what reads its shards. Raises DatasetError where there is none."""
+    if root is not None and is_remote(root):
+        return _open_remote(root, split, storage)
+    path = existing_root(None if root is None else local_path(root), "packed")
+    for name in (*SPLIT_NAMES[split], ""):
+        file = path / name / MANIFEST
+        if file.is_file() and (name or path.name in SPLIT_NAMES[split]):
+            # Mapped, not read: workers of a machine share its pages.
+            manifest = load_manifest(str(file), pa.memory_map(str(file)).read_buffer())
+            return manifest, LocalShards(file.parent, [shard.name for shard in manifest.shards])
+    expected = " or ".join(str(path / name / MANIFEST) for name in SPLIT_NAMES[split])
+    raise DatasetError(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
+
+
+def packed_splits(path: Path) -> list[str]:
+    """Return the splits that are packed in a local folder."""
+    return [split for split, names in SPLIT_NAMES.items() if any((path / name / MANIFEST).is_file() for name in names)]
+
+
+def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardManifest, _Shards]:
+    objects = require_storage(root, storage)
+    for name in SPLIT_NAMES[split]:
+        try:
+            key = f"{name}/{MANIFEST}"
+            num_bytes = objects.size(key)
+        except FileNotFoundError:
+            continue
+        assert storage is not None
+        manifest = load_manifest(f"{root.rstrip('/')}/{key}", _remote_buffer(objects, key, num_bytes, storage))
+        source = RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
+        return manifest, source
+    expected = " or ".join(f"{root.rstrip('/')}/{name}/{MANIFEST}" for name in SPLIT_NAMES[split])
+    raise DatasetError(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
+
+
+def _remote_buffer(objects: Objects, key: str, num_bytes: int, storage: Storage) -> pa.Buffer:
+    """Return the manifest's bytes: mapped from the cache where that is possible, else in memory."""
+    head = objects.get(key, 0, min(num_bytes, _HEAD_BYTES))
+    name = f"manifests/{fingerprint_of(head, str(num_bytes).encode(), f'{objects.uri}/{key}'.encode())}.arrow"
+
+    def download(descriptor: int) -> None:
+        for start in range(0, num_bytes, PIECE_BYTES):
+            data = objects.get(key, start, min(num_bytes, start + PIECE_BYTES))
+            os.pwrite(descriptor, data, start)
+
+    cache = storage.cache
+    if cache is not None:
+        deadline = time.monotonic() + _MANIFEST_WAIT_S
+        while (fetched := cache.fetch(name, num_bytes, download, time.time() + 60)) is Fetched.BUSY:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if fetched is Fetched.THERE:
+            try:
+                return pa.memory_map(str(cache.path(name))).read_buffer()
+            except OSError:
+                pass  # removed again by another job: into memory then
+    return pa.py_buffer(objects.get(key))
+
+
+def require_storage(root: str, storage: Storage | None) -> Objects:
+    """Return the objects below a remote root. Raises DatasetError where nobody handed in how to reach it."""
+    if storage is None:
+        raise DatasetError(f"data root {root}: found a remote place, but no storage to reach it with; name a folder")
+    return storage.open(root)
+
+
+def _in_row_order(manifest: ShardManifest, source: _Shards) -> Iterator[list[bytes]]:
+    """Yield all images in row order, each shard being read once from end to end."""
+    starts_S = np.cumsum([0, *(shard.num_bytes for shard in manifest.shards)]).tolist()
+    rows = range(manifest.index.num_rows)
+    # The encoded bytes of images that are kept in memory decoded fit on a disk for a moment.
+    with tempfile.TemporaryFile() as file:
+        for number, shard in enumerate(manifest.shards):
+            if shard.num_rows:
+                file.seek(starts_S[number])
+                for piece in in_pieces(source, number, shard.num_bytes):
+                    file.write(piece)
+        file.flush()
+        for first in rows[::_ROWS_AT_ONCE]:
+            yield [
+                os.pread(
+                    file.fileno(),
+                    int(manifest.length_N[row]),
+                    starts_S[manifest.shard_N[row]] + int(manifest.offset_N[row]),
+                )
+                for row in rows[first : first + _ROWS_AT_ONCE]
+            ]

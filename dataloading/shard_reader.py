@@ -1,0 +1,214 @@
+"""Reads images out of tar shards by offset and length: from this machine's disk, or from afar through the cache.
+
+Far shards are downloaded ahead by `ShardDownloads`, in the order in which the stream needs them. An image whose shard
+is not here yet is read by itself, so nobody waits for a whole shard.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataloading.cache import Fetched, ShardCache
+from dataloading.index import image_checksum
+from dataloading.shards import PIECE_BYTES, Shard
+from dataloading.storage import Objects
+
+_MAX_OPEN = 256
+_PIECES_AT_ONCE = 8
+_PIECE_TRIES = 4
+
+
+class ShardBytes(Protocol):
+    """Bytes of shards."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may take many milliseconds, so that many should be under way."""
+        ...
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard. Raises OSError where they cannot be had."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ShardReader:
+    """Calling it with a row returns the encoded image. Raises OSError."""
+
+    source: ShardBytes
+    shard_N: NDArray[np.int32]
+    offset_N: NDArray[np.int64]
+    length_N: NDArray[np.int64]
+
+    @property
+    def is_remote(self) -> bool:
+        return self.source.is_remote
+
+    def __call__(self, row: int) -> bytes:
+        return self.source.read(int(self.shard_N[row]), int(self.offset_N[row]), int(self.length_N[row]))
+
+    def subset(self, rows_R: NDArray[np.int64]) -> ShardReader:
+        """Return the reader of some rows, numbered from 0."""
+        return ShardReader(self.source, self.shard_N[rows_R], self.offset_N[rows_R], self.length_N[rows_R])
+
+
+class _Open:
+    """A file descriptor that is closed when nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class LocalShards:
+    """Shards in a folder."""
+
+    is_remote = False
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self.folder, self.names = folder, tuple(names)
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        return LocalShards, (self.folder, self.names)
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard. Raises OSError."""
+        with self._lock:
+            file = self._open.get(shard)
+            if file is None:
+                file = self._open[shard] = _Open(self.folder / self.names[shard])
+                if len(self._open) > _MAX_OPEN:
+                    self._open.popitem(last=False)
+        data = os.pread(file.number, length, offset)
+        if len(data) < length:
+            path = self.folder / self.names[shard]
+            raise OSError(f"{path}: found {len(data):,} bytes at {offset:,}, expected {length:,}; it was cut short")
+        return data
+
+
+@dataclass
+class Traffic:
+    """What was read from the storage."""
+
+    image_bytes: int = 0
+    """Of single images whose shard was not here yet."""
+    images: int = 0
+    shard_bytes: int = 0
+    shards: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add_image(self, num_bytes: int) -> None:
+        with self.lock:
+            self.image_bytes, self.images = self.image_bytes + num_bytes, self.images + 1
+
+    def add_shard(self, num_bytes: int) -> None:
+        with self.lock:
+            self.shard_bytes, self.shards = self.shard_bytes + num_bytes, self.shards + 1
+
+
+class RemoteShards:
+    """Shards of a remote data set: those in the cache are read there, of others only what is asked for."""
+
+    is_remote = True
+
+    def __init__(
+        self, objects: Objects, folder: str, shards: Sequence[Shard], cache: ShardCache | None, fingerprint: str
+    ) -> None:
+        """folder: prefix of the shards' keys. fingerprint: name of the data set in the cache."""
+        self.objects, self.folder, self.shards = objects, folder, tuple(shards)
+        self.cache, self.fingerprint = cache, fingerprint
+        self.traffic = Traffic()
+
+    def __reduce__(self):
+        return RemoteShards, (self.objects, self.folder, self.shards, self.cache, self.fingerprint)
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """Return bytes of a shard, from the cache if it is there. Raises OSError."""
+        if self.cache is not None and (descriptor := self.cache.open(self.cache_key(shard))) is not None:
+            try:
+                data = os.pread(descriptor, length, offset)
+            except OSError:
+                data = b""  # the disk fails: the storage still has it
+            finally:
+                os.close(descriptor)
+            if len(data) == length:
+                return data
+            self.cache.remove(self.cache_key(shard))
+        key = self.key(shard)
+        data = self.objects.get(key, offset, offset + length)
+        self.traffic.add_image(length)
+        if len(data) < length:
+            raise OSError(f"{self.objects.uri}/{key}: found {len(data):,} bytes at {offset:,}, expected {length:,}")
+        return data
+
+    def key(self, shard: int) -> str:
+        """Return the object's key."""
+        return f"{self.folder}{self.shards[shard].name}"
+
+    def cache_key(self, shard: int) -> str:
+        """Return the file's key in the cache."""
+        return f"{self.fingerprint}/{self.shards[shard].name}"
+
+    def is_here(self, shard: int) -> bool:
+        """Whether the shard is in the cache."""
+        return self.cache is not None and self.cache.path(self.cache_key(shard)).exists()
+
+    def fetch(self, shard: int, next_use: float) -> Fetched:
+        """Have a shard in the cache. Raises OSError where the storage fails or the shard is damaged there."""
+        if self.cache is None:
+            return Fetched.NO_ROOM
+        about = self.shards[shard]
+
+        def download(descriptor: int) -> None:
+            self.download(shard, descriptor)
+            self.traffic.add_shard(about.num_bytes)
+
+        return self.cache.fetch(self.cache_key(shard), about.num_bytes, download, next_use)
+
+    def download(self, shard: int, descriptor: int) -> None:
+        """Write a shard to a file, several pieces at a time, each checked as it arrives."""
+        pieces = self.shards[shard].pieces
+        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="download-pieces") as pool:
+            futures = [pool.submit(self._download_piece, shard, number, descriptor) for number in range(len(pieces))]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _download_piece(self, shard: int, number: int, descriptor: int) -> None:
+        about, start = self.shards[shard], number * PIECE_BYTES
+        stop = min(start + PIECE_BYTES, about.num_bytes)
+        for _ in range(_PIECE_TRIES):
+            data = self.objects.get(self.key(shard), start, stop)
+            if len(data) == stop - start and image_checksum(data).hex() == about.pieces[number]:
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
+                return
+        raise OSError(
+            f"{self.objects.uri}/{self.key(shard)}: bytes {start:,} to {stop:,} differ from the manifest's checksum "
+            f"({_PIECE_TRIES} tries); it was changed or damaged there: pack it again, or put it back"
+        )
+
+
+def in_pieces(source: ShardBytes, shard: int, num_bytes: int) -> Iterator[bytes]:
+    """Yield a whole shard in pieces."""
+    for start in range(0, num_bytes, PIECE_BYTES):
+        yield source.read(shard, start, min(PIECE_BYTES, num_bytes - start))

@@ -1,0 +1,224 @@
+"""Packed images: tar shards and one columnar manifest, written by `dataloading.pack`.
+
+    ROOT/<split>/000000.tar …   plain tar files of some 64 MB; any tar program and WebDataset read them
+    ROOT/<split>/manifest.arrow the images in row order: where each lies, what it is, and its checksum
+    ROOT/<split>/damaged.jsonl  images that were left out or marked, with the reason; only where there are any
+
+The manifest is an uncompressed Arrow IPC file of one record batch, so that processes of a machine map it and share its
+pages: an index of 100 million images costs a worker no memory of its own.
+
+Shapes: N rows, S shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
+
+MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
+PIECE_BYTES = 8 << 20
+"""Shards are read and checked in pieces of this size."""
+FORMAT = "instdisc shards 1"
+DIGESTS = ("list", "checksums", "pixels")
+"""What the digest covers beside the names, as in the index of the source: byte sizes (a folder, objects, tars), the
+images' bytes (parquet), or their pixels (images that the source holds decoded)."""
+_REQUIRED = ("name", "length", "height", "width", "bad", "shard", "offset", "checksum")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file."""
+
+    name: str
+    num_bytes: int
+    num_rows: int
+    pieces: tuple[str, ...]
+    """Checksum (hex) of each piece of `PIECE_BYTES`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardManifest:
+    """What the manifest says."""
+
+    index: DatasetIndex
+    shards: tuple[Shard, ...]
+    shard_N: NDArray[np.int32]
+    offset_N: NDArray[np.int64]
+    length_N: NDArray[np.int64]
+    checksum_N: NDArray[np.void]
+    """16 bytes each: `dataloading.index.image_checksum`."""
+    row_of_place_N: NDArray[np.integer] | None
+    """As in `ShardLayout`."""
+    digest_of: str
+    """One of `DIGESTS`."""
+    fingerprint: str
+    """Of everything that the manifest says; names the data set in caches."""
+
+    @property
+    def layout(self) -> ShardLayout:
+        """How the rows lie in the shards."""
+        num_rows_S = np.array([shard.num_rows for shard in self.shards], dtype=np.int64)
+        numbers_S = np.flatnonzero(num_rows_S)
+        return ShardLayout(numbers_S, num_rows_S[numbers_S], self.row_of_place_N)
+
+    def first_rows(self, num_rows: int) -> ShardManifest:
+        """Return the manifest of the first rows alone. Their digest is that of the source's first rows."""
+        if num_rows >= self.index.num_rows:
+            return self
+        kept, index = slice(num_rows), self.index
+        names = Names.of(index.names)[kept]
+        assert index.num_bytes_N is not None
+        content = b""
+        if self.digest_of == "checksums":
+            content = hashlib.sha256(self.checksum_N[kept].tobytes()).digest()
+        rows_S = np.bincount(self.shard_N[kept], minlength=len(self.shards)).tolist()
+        places = self.row_of_place_N
+        return ShardManifest(
+            index=DatasetIndex(
+                source=index.source,
+                names=names,
+                heights_N=index.heights_N[kept],
+                widths_N=index.widths_N[kept],
+                labels_N=None if index.labels_N is None else index.labels_N[kept],
+                class_names=index.class_names,
+                bad_N=index.bad_N[kept],
+                digest=list_digest(names, index.num_bytes_N[kept], content),
+                reasons={row: reason for row, reason in index.reasons.items() if row < num_rows},
+                num_bytes_N=index.num_bytes_N[kept],
+            ),
+            shards=tuple(Shard(s.name, s.num_bytes, num, s.pieces) for s, num in zip(self.shards, rows_S, strict=True)),
+            shard_N=self.shard_N[kept],
+            offset_N=self.offset_N[kept],
+            length_N=self.length_N[kept],
+            checksum_N=self.checksum_N[kept],
+            row_of_place_N=None if places is None else places[places < num_rows],
+            digest_of=self.digest_of,
+            fingerprint=self.fingerprint,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the manifest to a local file."""
+        index, num_rows = self.index, self.index.num_rows
+        columns: dict[str, pa.Array] = {
+            "name": Names.of(index.names).array,
+            "length": pa.array(self.length_N, pa.int64()),
+            "height": pa.array(index.heights_N, pa.int32()),
+            "width": pa.array(index.widths_N, pa.int32()),
+            "bad": pa.array(index.bad_N.view(np.uint8), pa.uint8()),
+            "shard": pa.array(self.shard_N, pa.int32()),
+            "offset": pa.array(self.offset_N, pa.int64()),
+            "checksum": pa.FixedSizeBinaryArray.from_buffers(
+                pa.binary(CHECKSUM_BYTES), num_rows, [None, pa.py_buffer(np.ascontiguousarray(self.checksum_N))]
+            ),
+        }
+        if index.labels_N is not None:
+            columns["label"] = pa.array(index.labels_N, pa.int64())
+        if self.row_of_place_N is not None:
+            columns["row_of_place"] = pa.array(self.row_of_place_N, pa.int64())
+        about = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "source": index.source,
+            "digest": index.digest,
+            "digest_of": self.digest_of,
+            "class_names": index.class_names,
+            "reasons": {str(row): reason for row, reason in index.reasons.items()},
+            "piece_bytes": PIECE_BYTES,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        batch = pa.record_batch(columns).replace_schema_metadata({"instdisc": json.dumps(about)})
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+
+
+def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
+    """Return the manifest in a buffer, whose memory it goes on using. where: its place, for messages.
+
+    Raises DatasetError for anything else than a whole manifest.
+    """
+    try:
+        with pa.ipc.open_file(pa.BufferReader(buffer)) as reader:
+            if reader.num_record_batches != 1:
+                raise ValueError(f"{reader.num_record_batches} record batches")
+            batch = reader.get_batch(0)
+        about = json.loads((batch.schema.metadata or {}).get(b"instdisc", b"{}"))
+        if about.get("format") != FORMAT:
+            raise ValueError(f"format {about.get('format')!r}")
+        return _manifest(about, {name: batch.column(name) for name in batch.schema.names})
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{where} is not a whole manifest: found {type(error).__name__}: {error}, expected {FORMAT!r}; pack the "
+            "images again"
+        ) from error
+
+
+def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManifest:
+    missing = [name for name in _REQUIRED if name not in columns]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}")
+    if about["piece_bytes"] != PIECE_BYTES or about["digest_of"] not in DIGESTS:
+        raise ValueError(f"pieces of {about['piece_bytes']} bytes, digest of {about['digest_of']!r}")
+    shards = tuple(Shard(**{**shard, "pieces": tuple(shard["pieces"])}) for shard in about["shards"])
+    for shard in shards:
+        if Path(shard.name).name != shard.name or shard.name.startswith("."):
+            raise ValueError(f"shard name {shard.name!r}")  # a manifest must not point outside of its folder
+    values = {name: column.to_numpy(zero_copy_only=True) for name, column in columns.items() if name not in _BINARY}
+    checksums = columns["checksum"]
+    start = checksums.offset * CHECKSUM_BYTES
+    checksum_N = np.frombuffer(checksums.buffers()[1], f"V{CHECKSUM_BYTES}", len(checksums), start)
+    heights_N, widths_N = values["height"], values["width"]
+    index = DatasetIndex(
+        source=about["source"],
+        names=Names(columns["name"]),
+        heights_N=heights_N,
+        widths_N=widths_N,
+        labels_N=values.get("label"),
+        class_names=tuple(about["class_names"]),
+        bad_N=values["bad"].view(np.bool_),
+        digest=about["digest"],
+        reasons={int(row): reason for row, reason in about["reasons"].items()},
+        num_bytes_N=values["length"] if about["digest_of"] != "pixels" else heights_N.astype(np.int64) * widths_N * 3,
+    )
+    _check_places(shards, values)
+    return ShardManifest(
+        index=index,
+        shards=shards,
+        shard_N=values["shard"],
+        offset_N=values["offset"],
+        length_N=values["length"],
+        checksum_N=checksum_N,
+        row_of_place_N=values.get("row_of_place"),
+        digest_of=about["digest_of"],
+        fingerprint=about["fingerprint"],
+    )
+
+
+_BINARY = ("name", "checksum")
+
+
+def _check_places(shards: Sequence[Shard], values: dict[str, NDArray]) -> None:
+    """Raise ValueError where the manifest contradicts itself; looks at every row once."""
+    num_rows = len(values["shard"])
+    if sum(shard.num_rows for shard in shards) != num_rows:
+        raise ValueError(f"{num_rows} rows, but shards of {sum(shard.num_rows for shard in shards)}")
+    if num_rows and not 0 <= values["shard"].min() <= values["shard"].max() < len(shards):
+        raise ValueError(f"shard numbers up to {values['shard'].max()} of {len(shards)} shards")
+
+
+def fingerprint_of(*parts: bytes) -> str:
+    """Return a name (hex) for what the parts say."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()[:32]

@@ -1,0 +1,159 @@
+"""`instdisc pack`: pack images of any source into tar shards with a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from instdisc.config_sections import SOURCE_KINDS, SPLITS
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "pack",
+        help="pack images into tar shards, every image decoded once",
+        description="Pack the images of SRC into tar shards and a manifest below DST. Every image is decoded in full; "
+        "damaged ones are listed with the reason. A command that was interrupted goes on when it is given again.",
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="folder or URI of images, WebDataset tars, CIFAR or parquet files"
+    )
+    parser.add_argument("target", metavar="DST", help="folder or URI to pack into")
+    parser.add_argument("--kind", choices=SOURCE_KINDS, default="auto", help="what SRC holds (default: auto)")
+    parser.add_argument(
+        "--split", choices=(*SPLITS, "all"), default="all", help="split to pack (default: all there are)"
+    )
+    parser.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard in 10^6 bytes (default: 64)")
+    parser.add_argument("--keep-bad", action="store_true", help="pack damaged images too, marked as damaged")
+    parser.add_argument(
+        "--no-shuffle",
+        action="store_true",
+        help="shards hold the images in the order of the source (always so for tars and parquet files)",
+    )
+    parser.add_argument("--workers", type=int, help="processes; 0: this one (default: one for each usable core)")
+    parser.add_argument(
+        "--address", help='pack on the Ray cluster at host:port, or "auto"; DST must be reachable there'
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Pack, telling the progress on standard error, and print what was packed."""
+    from cluster.store import Store
+    from dataloading.index import DatasetError
+    from dataloading.pack import pack
+    from dataloading.sources import list_images
+    from instdisc.images import storage_of
+    from instdisc.launch import absolute
+    from instdisc.progress import Progress
+
+    parallel = _parallel_map(options)
+    source, target = (absolute(place) for place in (options.source, options.target))
+    if target == source or target.startswith(source.rstrip("/") + "/"):
+        raise DatasetError(f"DST {target} lies in SRC {source}: shards would become images; choose another place")
+    started_s, documents = time.monotonic(), []
+    for split in SPLITS if options.split == "all" else (options.split,):
+        try:
+            images = list_images(options.kind, source, split, storage=storage_of())
+        except DatasetError:
+            if options.split != "all" or (split == SPLITS[-1] and not documents):
+                raise
+            continue
+        in_order = options.no_shuffle or images.index.source.startswith(("webdataset", "parquet"))
+        progress = Progress()
+        try:
+            packed = pack(
+                images,
+                Store(target),
+                split,
+                parallel=parallel,
+                shard_mb=options.shard_mb,
+                shuffle=not in_order,
+                keep_bad=options.keep_bad,
+                on_progress=_Told(progress, split),
+            )
+        finally:
+            progress.close()
+        documents.append(
+            {
+                "split": split,
+                "source": images.index.source,
+                "num_rows": packed.num_rows,
+                "num_shards": packed.num_shards,
+                "num_bytes": packed.num_bytes,
+                "digest": packed.digest,
+                "was_packed": packed.was_packed,
+                "num_bad": len(packed.damaged),
+                "bad": packed.damaged,
+            }
+        )
+    document = {"target": target, "splits": documents, "seconds": round(time.monotonic() - started_s, 2)}
+    print(json.dumps(document, indent=1) if options.json else _as_text(document, options.keep_bad))
+    return 0
+
+
+def _parallel_map(options: argparse.Namespace) -> Any:
+    from dataloading.index import DatasetError
+
+    if options.address:
+        from cluster.ray_map import RayMap
+
+        return RayMap(options.address)
+    from cluster.parallel import ProcessMap
+
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    if workers < 0:
+        raise DatasetError(f"--workers: found {workers}, expected 0 (this process) or more")
+    return ProcessMap(workers)
+
+
+class _Told:
+    """Tells the progress: images, speed and the time to go."""
+
+    def __init__(self, progress: Any, split: str) -> None:
+        self._progress, self._split = progress, split
+        self._start: tuple[float, int, int] | None = None
+
+    def __call__(self, done: int, total: int, num_bytes: int) -> None:
+        from instdisc.progress import duration
+
+        now_s = time.monotonic()
+        if self._start is None:
+            self._start = (now_s, done, num_bytes)
+        start_s, first, first_bytes = self._start
+        text = f"packing {self._split}: {done:,} of {total:,} images"
+        if done > first:
+            spent_s = max(1e-9, now_s - start_s)
+            left = duration((total - done) * spent_s / (done - first))
+            speed = (done - first) / spent_s
+            text += f", {speed:,.0f} images/s, {(num_bytes - first_bytes) / spent_s / 1e6:,.1f} MB/s, {left} left"
+        elif done:
+            text += " were packed before"
+        self._progress.update({"kind": "phase", "text": text})
+
+
+def _as_text(document: dict[str, Any], keep_bad: bool) -> str:
+    lines = []
+    for part in document["splits"]:
+        before = ", as it was" if part["was_packed"] else ""
+        lines.append(
+            f"{part['split']}: {part['num_rows']:,} images in {part['num_shards']:,} shards, "
+            f"{part['num_bytes'] / 1e6:,.1f} MB{before}; {part['num_bad']:,} damaged "
+            f"{'and marked' if keep_bad else 'and left out'}"
+        )
+        lines.append(f"  digest {part['digest']}")
+        lines += [f"  damaged: {name}: {reason}" for name, reason in list(part["bad"].items())[:10]]
+        if part["num_bad"] > 10:
+            lines.append(f"  … and {part['num_bad'] - 10:,} more in {part['split']}/damaged.jsonl")
+    lines += [
+        f"Packed in {document['target']} ({document['seconds']} s). Next:",
+        f"  instdisc verify {document['target']}",
+        f"  instdisc train RECIPE --data.root {document['target']}",
+    ]
+    return "\n".join(lines)

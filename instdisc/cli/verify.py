@@ -1,0 +1,73 @@
+"""`instdisc verify`: check packed images against their manifest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from instdisc.config_sections import SPLITS
+
+_NUM_SHOWN = 20
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "verify",
+        help="check packed images against their checksums",
+        description="Read all shards below DST, compare them and their images with the manifest's checksums, and "
+        "decode every image. The exit code is 1 where anything is wrong.",
+    )
+    parser.add_argument("target", metavar="DST", help="folder or URI of packed images")
+    parser.add_argument("--split", choices=(*SPLITS, "all"), default="all", help="split to check (default: all)")
+    parser.add_argument("--workers", type=int, help="processes; 0: this one (default: one for each usable core)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, telling the progress on standard error, and print what is wrong."""
+    from cluster.parallel import ProcessMap
+    from dataloading.index import DatasetError
+    from dataloading.packed import open_manifest
+    from dataloading.verify import verify
+    from instdisc.images import storage_of
+    from instdisc.launch import absolute
+    from instdisc.progress import Progress
+
+    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
+    if workers < 0:
+        raise DatasetError(f"--workers: found {workers}, expected 0 (this process) or more")
+    started_s, num_images, problems = time.monotonic(), 0, {}
+    for split in SPLITS if options.split == "all" else (options.split,):
+        try:
+            manifest, source = open_manifest(absolute(options.target), split, storage_of())
+        except DatasetError:
+            if options.split != "all" or (split == SPLITS[-1] and not problems):
+                raise
+            continue
+        progress = Progress()
+
+        def told(done: int, total: int, num_bytes: int, split: str = split, progress: Progress = progress) -> None:
+            text = f"checking {split}: {done:,} of {total:,} images, {num_bytes / 1e6:,.0f} MB"
+            progress.update({"kind": "phase", "text": text})
+
+        try:
+            problems[split] = list(verify(manifest, source, ProcessMap(workers), told))
+        finally:
+            progress.close()
+        num_images += manifest.index.num_rows
+    seconds = round(time.monotonic() - started_s, 2)
+    document = {"target": options.target, "num_rows": num_images, "problems": problems, "seconds": seconds}
+    found = [f"{split}/{problem}" for split, lines in problems.items() for problem in lines]
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        shown = [*found[:_NUM_SHOWN], *([f"… and {len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else [])]
+        verdict = f"{len(found)} problems" if found else "nothing wrong"
+        print("\n".join([*shown, f"{options.target}: {num_images:,} images checked, {verdict} ({seconds} s)"]))
+    return 1 if found else 0

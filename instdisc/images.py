@@ -1,0 +1,30 @@
+"""Opens the images of a configuration: hands the data path what it needs of storage, and the machine's cache."""
+
+from __future__ import annotations
+
+import os
+
+from cluster.store import Store
+from dataloading.cache import ShardCache
+from dataloading.index import Dataset
+from dataloading.sources import open_dataset
+from dataloading.storage import Storage
+from instdisc.config_sections import DataConfig
+
+CACHE_VARIABLE = "INSTDISC_CACHE"
+_DEFAULT_CACHE = "~/.cache/instdisc"
+
+
+def open_images(data: DataConfig, split: str, *, max_rows: int | None = None) -> Dataset:
+    """Return the images of a split. Raises as `dataloading.sources.open_dataset`."""
+    return open_dataset(
+        data.kind, data.root, split, max_rows=max_rows, download=data.download, storage=storage_of(data)
+    )
+
+
+def storage_of(data: DataConfig | None = None) -> Storage:
+    """Return how remote images are reached and kept: as a configuration asks, or by default."""
+    data = data or DataConfig()
+    folder = data.cache_dir or os.environ.get(CACHE_VARIABLE) or _DEFAULT_CACHE
+    limit_bytes = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+    return Storage(open=Store, cache=None if limit_bytes == 0 else ShardCache(folder, limit_bytes))
