@@ -190,7 +190,10 @@ class ShardCache:
 
 
 _DISK_ERRORS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO, errno.ENOENT}
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+        *(errno.ENOTDIR, errno.ENOENT, errno.EEXIST),
+    }
 )
 
 

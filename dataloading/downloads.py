@@ -34,7 +34,7 @@ class ShardDownloads:
     ) -> None:
         self._source, self._numbers_S = source, layout.numbers_S.tolist()
         self._order, self._global_batch, self._offsets = order, global_batch, offsets
-        self._step = 0
+        self._step = self._ahead = 0
         self._clock = (0, time.time())
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -43,12 +43,17 @@ class ShardDownloads:
         """Begin, or begin anew, at a step."""
         self.close()
         self._stop = threading.Event()
-        self._step, self._clock = step, (step, time.time())
+        self._step = self._ahead = step
+        self._clock = (step, time.time())
         self._thread = threading.Thread(target=self._run, args=(self._stop,), name="download-shards", daemon=True)
         self._thread.start()
 
+    def read_ahead(self, step: int) -> None:
+        """Say that the images of a step begin to be read."""
+        self._ahead = step
+
     def advance(self, step: int) -> None:
-        """Say which step is read now."""
+        """Say that the images of a step, and of those before it, have been read."""
         self._step = step
 
     def close(self) -> None:
@@ -74,8 +79,13 @@ class ShardDownloads:
             while len(under_way) < _SHARDS_AT_ONCE and not stop.is_set():
                 use = waiting or next(uses)
                 waiting = None
+                if use.first > self._step * self._global_batch + order.num_rows:
+                    waiting = use  # an epoch ahead is far enough
+                    break
                 future = pool.submit(self._fetch, self._numbers_S[use.shard], self._time_of(use.first), stop)
                 under_way[future] = use
+            if not under_way:
+                stop.wait(_TICK_S)
             done, _ = wait(under_way, timeout=_TICK_S, return_when="FIRST_COMPLETED")
             for future in done:
                 use = under_way.pop(future)
@@ -145,7 +155,7 @@ class ShardDownloads:
         """Return when a position will be read, at the speed so far."""
         (first, started), step, now = self._clock, self._step, time.time()
         pace_s = (now - started) / (step - first) if step - first >= 10 else _FIRST_GUESS_S_PER_STEP
-        return now + max(0.0, (position / self._global_batch - step) * pace_s)
+        return now + max(0.0, (position / self._global_batch - self._ahead) * pace_s)
 
 
 def _pairs(items: list[int], size: int) -> Iterator[list[int]]:

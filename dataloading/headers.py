@@ -29,6 +29,7 @@ from PIL import (  # noqa: F401
     PngImagePlugin,
     PpmImagePlugin,
     TiffImagePlugin,
+    UnidentifiedImageError,
     WebPImagePlugin,
 )
 
@@ -195,7 +196,9 @@ def check_size(height: int, width: int) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Return why an image is bad in one line."""
+    """Return why an image is bad in one line, the same one for the same bytes."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no image in a known format"  # Pillow's text has an address in memory
     return (str(error) if isinstance(error, BadHeader) else f"{type(error).__name__}: {error}")[:200]
 
 

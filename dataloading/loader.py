@@ -119,6 +119,8 @@ class Loader:
 
     def _plans(self, start_step: int) -> Iterator[Plan]:
         for step in count(start_step):
+            if self._downloads is not None:
+                self._downloads.read_ahead(step)
             yield self._planner.plan(self._step_rows.rows(step), self._step_rows.visits(step))
 
 

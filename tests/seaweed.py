@@ -56,6 +56,7 @@ class Seaweed:
                     *("-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}", "-filer"),
                     *(f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json"),
                     *("-volume.max=20", "-master.volumeSizeLimitMB=256", "-master.electionTimeout=1s", *grpc),
+                    *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
                 ],
                 stdout=log,
                 stderr=log,

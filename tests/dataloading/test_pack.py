@@ -1,0 +1,321 @@
+"""Packing: the same images, rows and digest as in the source, whatever was interrupted."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from itertools import islice
+
+import numpy as np
+import pytest
+from made_images import encode, picture
+
+from cluster.parallel import MapProcessDied, ProcessMap
+from cluster.store import Store
+from dataloading.augment import AugmentConfig
+from dataloading.index import DatasetError
+from dataloading.loader import make_loader
+from dataloading.order import OrderConfig
+from dataloading.pack import pack
+from dataloading.packed import open_manifest
+from dataloading.sources import list_images, open_dataset
+from dataloading.verify import verify
+
+HERE = ProcessMap(0)
+
+
+def write_jpeg(path, height, width, seed):
+    path.write_bytes(encode(picture(height, width, seed), quality=90))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of two classes and several formats, two of them damaged."""
+    root = tmp_path / "photos"
+    for number in range(40):
+        folder = root / "train" / ("cat" if number % 3 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        image = picture(60 + number, 110 - number, seed=number)
+        kind, ending = ("PNG", "png") if number % 5 == 0 else ("JPEG", "jpg")
+        (folder / f"{number:03d}.{ending}").write_bytes(encode(image, kind))
+    whole = (root / "train/cat/001.jpg").read_bytes()
+    (root / "train/cat/half.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "train/dog/text.png").write_bytes(b"no image")
+    return root
+
+
+def pack_folder(root, target, **more):
+    images = list_images("auto", str(root), "train")
+    return pack(images, Store(str(target)), "train", **{"parallel": HERE, "shard_mb": 0.02, **more})
+
+
+def files_of(target):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (target / "train").iterdir()}
+
+
+def test_damaged_images_are_left_out_and_listed_with_the_reason(photos, tmp_path):
+    report = pack_folder(photos, tmp_path / "packed")
+    assert (report.num_rows, sorted(report.damaged)) == (40, ["cat/half.jpg", "dog/text.png"])
+    assert "truncated" in report.damaged["cat/half.jpg"]
+    lines = (tmp_path / "packed/train/damaged.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["cat/half.jpg", "dog/text.png"]
+    packed = open_dataset("auto", str(tmp_path / "packed"), "train")
+    source = open_dataset("auto", str(photos), "train")
+    good = [row for row, name in enumerate(source.index.names) if name not in report.damaged]
+    assert list(packed.index.names) == [source.index.names[row] for row in good]
+    assert packed.index.heights_N.tolist() == source.index.heights_N[good].tolist()
+    assert packed.index.widths_N.tolist() == source.index.widths_N[good].tolist()
+    assert packed.index.labels_N.tolist() == source.index.labels_N[good].tolist()
+    assert packed.index.class_names == ("cat", "dog")
+    assert [packed.read(i) for i in range(40)] == [source.read(row) for row in good]
+
+
+def test_with_the_damaged_ones_kept_rows_and_digest_are_those_of_the_source(photos, tmp_path):
+    report = pack_folder(photos, tmp_path / "packed", keep_bad=True)
+    packed, source = (open_dataset("auto", str(root), "train") for root in (tmp_path / "packed", photos))
+    assert report.digest == packed.index.digest == source.index.digest
+    assert source.index.difference(packed.index) is None
+    assert {packed.index.names[row] for row in packed.index.reasons} == {"cat/half.jpg", "dog/text.png"}
+    assert np.flatnonzero(packed.index.bad_N).tolist() == sorted(packed.index.reasons)
+    some = [open_dataset("auto", str(root), "train", max_rows=17).index for root in (tmp_path / "packed", photos)]
+    assert some[0].digest == some[1].digest
+    assert some[0].num_rows == 17
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_shards_are_plain_tars_in_which_every_image_is_where_the_manifest_says(photos, tmp_path, shuffle):
+    pack_folder(photos, tmp_path / "packed", shuffle=shuffle)
+    manifest, _ = open_manifest(str(tmp_path / "packed"), "train", None)
+    assert len(manifest.shards) > 3
+    seen, places = {}, []
+    for number, shard in enumerate(manifest.shards):
+        path = tmp_path / "packed/train" / shard.name
+        assert path.stat().st_size == shard.num_bytes
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            for member in members:
+                if not member.name.endswith(".cls"):
+                    seen[member.name] = (number, member.offset_data, member.size)
+                    places.append(member.name)
+    rows = {name: row for row, name in enumerate(manifest.index.names)}
+    assert seen == {
+        name: (int(manifest.shard_N[row]), int(manifest.offset_N[row]), int(manifest.length_N[row]))
+        for name, row in rows.items()
+    }
+    in_shards = [rows[name] for name in places]
+    assert in_shards == (list(range(40)) if manifest.row_of_place_N is None else manifest.row_of_place_N.tolist())
+    assert (manifest.row_of_place_N is None) == (not shuffle)
+
+
+def test_pixels_are_the_same_from_folder_tars_and_packed_images_in_both_orders(photos, tmp_path):
+    (photos / "train/cat/half.jpg").unlink()  # its upper half can be seen where nobody decoded all of it
+    pack_folder(photos, tmp_path / "packed", keep_bad=True)
+    packed = open_dataset("auto", str(tmp_path / "packed"), "train")
+
+    def pixels(dataset, order=None, threads=1, offsets=(0, 12)):
+        loader = make_loader(
+            dataset,
+            AugmentConfig(size=24),
+            seed=4,
+            global_batch=12,
+            offsets=offsets,
+            device="cpu",
+            num_threads=threads,
+            order=order,
+        )
+        try:
+            batches = list(islice(loader.batches(0), 11))  # three epochs of 41 and a bit
+        finally:
+            loader.close()
+        return {
+            (step * 12 // 41, row): (bool(valid), image.numpy().tobytes())
+            for step, batch in enumerate(batches)
+            for row, valid, image in zip(batch.indices_B.tolist(), batch.valid_B, batch.images_BCHW, strict=True)
+            if step * 12 // 41 == (step * 12 + 11) // 41  # not the batches that straddle epochs
+        }
+
+    block = OrderConfig("block", lanes=3, window=2)
+    folder, tars = pixels(open_dataset("auto", str(photos), "train")), pixels(packed)
+    assert folder == tars
+    blocks, part = pixels(packed, block), pixels(packed, block, threads=3, offsets=(5, 9))
+    assert part.items() <= blocks.items()
+    both = folder.keys() & blocks.keys()
+    assert len(both) > 60
+    assert all(folder[key] == blocks[key] for key in both)
+
+
+def test_a_packed_set_packs_again_to_the_same_bytes_and_as_a_webdataset_it_has_the_same_images(photos, tmp_path):
+    for name in ("cat/half.jpg", "dog/text.png"):
+        (photos / "train" / name).unlink()
+    pack_folder(photos, tmp_path / "one", shuffle=False)
+    pack_folder(tmp_path / "one", tmp_path / "two", shuffle=False)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert {n: h for n, h in one.items() if n.endswith(".tar")} == {n: h for n, h in two.items() if n.endswith(".tar")}
+    (tmp_path / "two/train/manifest.arrow").unlink()
+    tars = open_dataset("auto", str(tmp_path / "two"), "train")
+    packed = open_dataset("auto", str(tmp_path / "one"), "train")
+    assert tars.index.source.startswith("webdataset")
+    assert [tars.read(row) for row in range(40)] == [packed.read(row) for row in range(40)]
+    assert tars.index.labels_N.tolist() == packed.index.labels_N.tolist()
+    assert list(tars.index.names)[0] == "train/000000.tar/cat/001.jpg"
+
+
+def test_small_images_keep_their_pixels_and_their_digest(tmp_path):
+    report = pack(list_images("demo", None, "test"), Store(str(tmp_path)), "test", parallel=HERE, shard_mb=0.2)
+    packed, demo = open_dataset("auto", str(tmp_path), "test"), open_dataset("demo", None, "test")
+    assert report.num_shards > 3
+    assert np.array_equal(packed.pixels_NHWC, demo.pixels_NHWC)
+    assert packed.index.digest == demo.index.digest
+    assert demo.index.difference(packed.index) is None
+    first = open_dataset("auto", str(tmp_path), "test", max_rows=33)
+    assert np.array_equal(first.pixels_NHWC, demo.pixels_NHWC[:33])
+
+
+def test_the_number_of_processes_changes_nothing(photos, tmp_path):
+    pack_folder(photos, tmp_path / "one")
+    progress = []
+    pack_folder(photos, tmp_path / "two", parallel=ProcessMap(2), on_progress=lambda *counts: progress.append(counts))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert progress[0] == (0, 42, 0)
+    assert progress[-1][:2] == (42, 42)
+
+
+def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(photos, tmp_path):
+    """SIGKILL from outside at random moments, until one start comes through."""
+    pack_folder(photos, tmp_path / "whole", shard_mb=0.01)
+    command = [sys.executable, "-m", "instdisc.cli.main", "pack", str(photos), str(tmp_path / "killed")]
+    command += ["--shard-mb", "0.01", "--workers", "2", "--split", "train"]
+    generator, kills = np.random.default_rng(), 0
+    for _ in range(12):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(generator.uniform(0.6, 1.2) * (kills + 1)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    else:
+        pytest.fail("no start came through")
+    assert kills > 0
+    time.sleep(0.5)  # orphans of the last kill end by themselves
+    report = pack_folder(photos, tmp_path / "killed", shard_mb=0.01)
+    assert report.was_packed
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_what_is_packed_already_is_not_packed_again_and_other_images_are_refused(photos, tmp_path):
+    pack_folder(photos, tmp_path / "packed")
+    before = files_of(tmp_path / "packed")
+    assert pack_folder(photos, tmp_path / "packed").was_packed
+    for change in ({"shard_mb": 0.05}, {"keep_bad": True}, {"shuffle": False}):
+        with pytest.raises(DatasetError, match="already there"):
+            pack_folder(photos, tmp_path / "packed", **change)
+    write_jpeg(photos / "train/cat/new.jpg", 30, 30, seed=1)
+    with pytest.raises(DatasetError, match="already there"):
+        pack_folder(photos, tmp_path / "packed")
+    assert files_of(tmp_path / "packed") == before
+
+
+def test_a_report_of_other_images_is_not_taken_for_these(photos, tmp_path):
+    def end_after_two(function, items):
+        for item in islice(items, 2):
+            yield function(item)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_folder(photos, tmp_path / "packed", parallel=end_after_two)
+    assert len(list((tmp_path / "packed/train/.parts").iterdir())) == 2
+    write_jpeg(photos / "train/cat/new.jpg", 30, 30, seed=1)
+    pack_folder(photos, tmp_path / "packed")
+    pack_folder(photos, tmp_path / "whole")
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "whole")
+
+
+def test_images_that_are_all_damaged_or_gone_are_no_data_set(photos, tmp_path):
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for number in range(3):
+        (bad / f"{number}.jpg").write_bytes(b"nothing")
+    with pytest.raises(DatasetError, match="none of the 3 images"):
+        pack_folder(bad, tmp_path / "packed")
+    images = list_images("auto", str(photos), "train")
+    for path in photos.rglob("*.*g"):
+        path.unlink()
+    with pytest.raises(DatasetError, match="none of .* images can be read"):
+        pack(images, Store(str(tmp_path / "gone")), "train", parallel=HERE)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_verify_names_what_is_damaged(photos, tmp_path, workers):
+    pack_folder(photos, tmp_path / "packed")
+    manifest, source = open_manifest(str(tmp_path / "packed"), "train", None)
+    assert list(verify(manifest, source, ProcessMap(workers))) == []
+    path = tmp_path / "packed/train" / manifest.shards[1].name
+    row = int(np.flatnonzero(manifest.shard_N == 1)[2])
+    data = bytearray(path.read_bytes())
+    data[int(manifest.offset_N[row]) + 40] ^= 1
+    path.write_bytes(data)
+    (tmp_path / "packed/train" / manifest.shards[3].name).unlink()
+    problems = list(verify(*open_manifest(str(tmp_path / "packed"), "train", None), ProcessMap(workers)))
+    assert any(manifest.index.names[row] in problem and "checksum" in problem for problem in problems)
+    assert any(manifest.shards[3].name in problem for problem in problems)
+    assert not any(manifest.shards[2].name in problem for problem in problems)
+
+
+def test_a_manifest_that_is_cut_or_points_elsewhere_is_refused(photos, tmp_path):
+    pack_folder(photos, tmp_path / "packed")
+    path = tmp_path / "packed/train/manifest.arrow"
+    whole = path.read_bytes()
+    for wrong in (whole[: len(whole) // 2], b"", b"ARROW1" + bytes(500), whole.replace(b"000001.tar", b"../../.tar")):
+        path.write_bytes(wrong)
+        with pytest.raises(DatasetError, match="not a whole manifest"):
+            open_dataset("packed", str(tmp_path / "packed"), "train")
+
+
+def test_a_shard_that_was_cut_short_is_an_error_of_its_images_only(photos, tmp_path):
+    pack_folder(photos, tmp_path / "packed")
+    dataset = open_dataset("packed", str(tmp_path / "packed"), "train")
+    manifest, _ = open_manifest(str(tmp_path / "packed"), "train", None)
+    os.truncate(tmp_path / "packed/train" / manifest.shards[2].name, 700)
+    for row in range(dataset.index.num_rows):
+        if manifest.shard_N[row] == 2 and manifest.offset_N[row] + manifest.length_N[row] > 700:
+            with pytest.raises(OSError, match="cut short"):
+                dataset.read(row)
+        else:
+            assert dataset.read(row)
+
+
+def _exit(_item):
+    os._exit(9)
+
+
+def test_a_process_of_the_map_that_is_killed_is_told():
+    with pytest.raises(MapProcessDied, match="killed"):
+        list(ProcessMap(2)(_exit, range(4)))
+
+
+def test_a_tar_that_is_damaged_is_refused_with_its_name(tmp_path):
+    (tmp_path / "train-000000.tar").write_bytes(b"\x01" * 2048)
+    with pytest.raises(DatasetError, match=r"train-000000.tar is not a whole tar"):
+        open_dataset("auto", str(tmp_path), "train")
+
+
+def test_members_of_a_webdataset_are_grouped_by_their_key(tmp_path, photos):
+    image = (photos / "train/cat/001.jpg").read_bytes()
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, data in (
+            ("a.jpg", image), ("a.cls", b"1"), ("b.json", b"{}"), ("b.seg.jpg", image), ("b.cls", b"0 "),
+            ("c/a.txt", b"text"), ("c/a.cls", b"2"),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index = open_dataset("webdataset", str(tmp_path), "train").index
+    assert list(index.names) == ["train-0.tar/a.jpg", "train-0.tar/b.seg.jpg"]
+    assert index.labels_N.tolist() == [1, 0]
