@@ -21,7 +21,7 @@ from dataloading.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, AugmentCo
 # ITU-R 601 luma as torchvision rounds it.
 _GRAY = (0.2989, 0.587, 0.114)
 # On a CPU the batch is worked off in parts of about 1.5 MiB, so that a part and its planes stay in the caches.
-_CPU_PART_ELEMENTS = 400_000
+CPU_PART_ELEMENTS = 400_000
 _NO_OPERATION = 4
 
 
@@ -34,7 +34,7 @@ def augment_colors(crops_BCHW: Tensor, factors: ColorFactors, config: AugmentCon
     assert len(factors) == len(crops_BCHW), f"{len(factors)} factors for {len(crops_BCHW)} crops"
     part_size = len(crops_BCHW)
     if crops_BCHW.device.type == "cpu" and part_size:
-        part_size = max(1, _CPU_PART_ELEMENTS // crops_BCHW[0].numel())
+        part_size = max(1, CPU_PART_ELEMENTS // crops_BCHW[0].numel())
     for start in range(0, len(crops_BCHW), part_size or 1):
         part = slice(start, start + part_size)
         _augment(crops_BCHW[part], factors[part], config)

@@ -36,7 +36,7 @@ class DaliDecoder:
         self._pipeline.schedule_run()
 
     def collect(self) -> Tensor:
-        """Return the oldest batch not yet collected, float32 in [0, 1], (M, C, S, S), on the device.
+        """Return the oldest batch not yet collected, uint8 (M, C, S, S), on the device.
 
         Raises DecodeFailed if one of its images could not be decoded; the batches behind it are not affected.
         """
@@ -45,8 +45,7 @@ class DaliDecoder:
         except RuntimeError as error:
             # DALI gives up the whole batch and names no sample reliably; the pipeline goes on (its message says not).
             raise DecodeFailed(str(error)) from error
-        crops_MSSC = torch.from_dlpack(crops.as_tensor())
-        return crops_MSSC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+        return torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """Give the pipeline's threads and memory back."""

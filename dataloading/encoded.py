@@ -48,7 +48,7 @@ class Decoder(Protocol):
         ...
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, float32 in [0, 1], (M, C, S, S), on the device; may raise DecodeFailed."""
+        """Return the oldest batch, uint8 (M, C, S, S), on the device; may raise DecodeFailed."""
         ...
 
     def close(self) -> None: ...
@@ -105,7 +105,7 @@ class EncodedCrops:
         self._generation = 0
 
     def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
-        """Yield each plan as carried out with its crops, float32 in [0, 1], (M, C, S, S), on the device.
+        """Yield each plan as carried out with its crops, uint8 (M, C, S, S), on the device.
 
         A new call ends the iterators of earlier calls. Raises OSError if no image of a batch can be read.
         """
@@ -188,7 +188,9 @@ class EncodedCrops:
         plan, samples, crops = job.plan, job.samples, job.crops
         missing = np.flatnonzero([crops is None or not sample.in_batch for sample in samples])
         if crops is None:
-            crops = torch.empty((len(samples), 3, self._size, self._size), device=self._device)
+            crops = torch.empty((len(samples), 3, self._size, self._size), dtype=torch.uint8, device=self._device)
+        elif len(missing):
+            crops = crops.clone()  # the decoder's memory is not ours to write to
         failed: dict[int, set[int]] = {}
         while len(missing):
             # The decoder answers in order, so what it was given before comes first.
@@ -232,7 +234,7 @@ class EncodedCrops:
             crop_CSS = pillow.decode_crop(sample.encoded, *where, self._size)
         except Exception as error:  # a decoder that meets a damaged file raises nearly anything
             return f"cannot be decoded: {type(error).__name__}: {error}"
-        crops[window] = crop_CSS.to(crops.device, torch.float32).div_(255.0)
+        crops[window] = crop_CSS.to(crops.device)
         return ""
 
 

@@ -8,7 +8,7 @@ Shapes: B samples of this rank, V views, C = 3 channels, S side of a view, G glo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count, repeat
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from dataloading.augment import AugmentConfig
 from dataloading.choices import BACKENDS
-from dataloading.color import augment_colors, normalize
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
 from dataloading.downloads import ShardDownloads
 from dataloading.encoded import EncodedCrops
+from dataloading.finish import Augmented, Finisher, Normalized, Reference
 from dataloading.order import OrderConfig, StepRows, make_order
 from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
 from dataloading.shard_reader import RemoteShards, ShardReader
@@ -57,7 +57,10 @@ class Crops(Protocol):
     """A way from plans to pixels. Plans are taken ahead of the crops that are yielded."""
 
     def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
-        """Yield for each plan the plan as carried out (rows that failed replaced) and float32 crops in [0, 1]."""
+        """Yield for each plan the plan as carried out (rows that failed replaced) and its crops, (M, C, S, S).
+
+        Crops are float32 in [0, 1] or uint8.
+        """
         ...
 
     def close(self) -> None:
@@ -72,7 +75,7 @@ class Loader:
         self,
         crops: Crops | None,
         empty: Batch,
-        finish: Callable[[Tensor, Plan], Tensor],
+        finisher: Finisher,
         planner: Planner,
         damaged: DamagedRows,
         *,
@@ -80,7 +83,7 @@ class Loader:
         num_views: int,
         downloads: ShardDownloads | None = None,
     ) -> None:
-        self._crops, self._empty, self._finish = crops, empty, finish
+        self._crops, self._empty, self._finisher = crops, empty, finisher
         self._planner, self._damaged = planner, damaged
         self._step_rows, self._num_views, self._downloads = step_rows, num_views, downloads
 
@@ -95,10 +98,10 @@ class Loader:
             return
         if self._downloads is not None:
             self._downloads.start(start_step)
-        for step, (plan, crops) in enumerate(self._crops.crops(self._plans(start_step)), start_step):
+        finished = self._finisher.images(self._crops.crops(self._plans(start_step)))
+        for step, (plan, images) in enumerate(finished, start_step):
             if self._downloads is not None:
                 self._downloads.advance(step)
-            images = self._finish(crops, plan)
             if self._num_views > 1:
                 images = images.view(self._num_views, len(plan.rows_B), *images.shape[1:])
             yield _batch(plan, images)
@@ -109,6 +112,7 @@ class Loader:
             self._downloads.close()
         if self._crops is not None:
             self._crops.close()
+        self._finisher.close()
 
     def failed_rows(self, start: int = 0) -> list[BadRow]:
         """Return the rows whose images failed so far, in the order in which they did, without the first `start`.
@@ -139,9 +143,9 @@ def make_loader(
     """Return the loader of one rank.
 
     seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
-    the G positions of a step; may be empty. num_threads: most threads that decoding and reading use together (at least
-    one each). backend: one of `BACKENDS`; `auto` takes memory where the pixels are there, else DALI, else torch. order:
-    None is the full permutation.
+    the G positions of a step; may be empty. num_threads: threads that decode, and as many that finish images on a CPU;
+    readers, which mostly wait, come on top. backend: one of `BACKENDS`; `auto` takes memory where the pixels are there,
+    else DALI, else torch. order: None is the full permutation.
     """
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:
@@ -158,19 +162,11 @@ def make_loader(
             dataset, planner, damaged, augment.size, num_windows, device, num_threads, backend
         )
 
-    def finish(crops_MCHW: Tensor, plan: Plan) -> Tensor:
-        assert plan.factors is not None
-        if is_reference:
-            from dataloading.torch_loader import reference_colors
-
-            return reference_colors(crops_MCHW, plan.factors, augment)
-        return augment_colors(crops_MCHW, plan.factors, augment)
-
     chosen = make_order(dataset, order or OrderConfig(), seed=seed, global_batch=global_batch)
     return Loader(
         crops,
         empty,
-        finish,
+        Finisher(Reference(augment) if is_reference else Augmented(augment), num_threads),
         planner,
         damaged,
         step_rows=StepRows(chosen, global_batch, offsets),
@@ -214,13 +210,16 @@ def eval_batches(
     rows_R = np.asarray(rows, dtype=np.int64)
     damaged = DamagedRows(dataset.index)
     planner = EvalPlanner(dataset.index, damaged, resize, crop)
+    finisher = Finisher(Normalized(mean, std), num_threads)
     crops, _ = _open_crops(dataset, planner, damaged, crop, batch_size, torch.device(device), num_threads, backend)
     parts = (rows_R[start : start + batch_size] for start in range(0, len(rows_R), batch_size))
     try:
-        for plan, crops_BCHW in crops.crops(planner.plan(part, np.zeros_like(part)) for part in parts):
-            yield _batch(plan, normalize(crops_BCHW, mean, std))
+        planned = (planner.plan(part, np.zeros_like(part)) for part in parts)
+        for plan, images_BCHW in finisher.images(crops.crops(planned)):
+            yield _batch(plan, images_BCHW)
     finally:
         crops.close()
+        finisher.close()
 
 
 def _open_crops(
@@ -251,18 +250,17 @@ def _open_crops(
         return ReferenceMemoryCrops(dataset.pixels_NHWC, size, device), True
     if dataset.read is None:
         raise ValueError(f"backend {backend!r}: {dataset.index.source} has no encoded images; use 'auto'")
-    # Readers of a folder need a core now and then; those of a far place only wait.
+    # Readers need a core now and then (0.1 ms an image), or only wait for a far place: the decoder has the cores.
     is_remote = getattr(dataset.read, "is_remote", False)
     num_readers = _REMOTE_READERS if is_remote else max(1, num_threads // 4)
-    num_decoders = max(1, num_threads - max(1, num_threads // 4))
     if backend == "dali":
         from dataloading.dali_pipeline import DaliDecoder
 
-        decoder = DaliDecoder(size=size, max_windows=num_windows, device=device, num_threads=num_decoders)
+        decoder = DaliDecoder(size=size, max_windows=num_windows, device=device, num_threads=num_threads)
     else:
         from dataloading.torch_loader import PillowDecoder
 
-        decoder = PillowDecoder(size=size, device=device, num_threads=num_decoders)
+        decoder = PillowDecoder(size=size, device=device, num_threads=num_threads)
     crops = EncodedCrops(
         dataset.read,
         dataset.index,

@@ -46,13 +46,12 @@ class PillowDecoder:
         )
 
     def collect(self) -> Tensor:
-        """Return the oldest batch, float32 in [0, 1], (M, C, S, S). Raises DecodeFailed if an image is damaged."""
+        """Return the oldest batch, uint8 (M, C, S, S). Raises DecodeFailed if an image is damaged."""
         batch = self._batches.popleft()
         errors = [error for future in batch if (error := future.exception())]
         if errors:
             raise DecodeFailed(str(errors[0])) from errors[0]
-        crops_MCSS = torch.stack([future.result() for future in batch])
-        return crops_MCSS.to(self._device, torch.float32).div_(255.0)
+        return torch.stack([future.result() for future in batch]).to(self._device)
 
     def close(self) -> None:
         """End the threads."""

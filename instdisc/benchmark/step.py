@@ -111,7 +111,7 @@ class _Bench:
     def best_plain_data(self, settings: PlainSettings) -> tuple[PlainDataSettings, list[dict[str, Any]]]:
         """Return the alternative's fastest data loading for its fastest step, and the whole sweep."""
         most_workers = self.worker.num_threads if self.benchmark.full_sweep else 0
-        tried = {s.name: s for s in plain_data_settings(most_workers)}
+        tried = {s.name: s for s in plain_data_settings(range(most_workers + 1))}
         self.say("sweep of the plain loader's settings:")
         builders = {name: self._plain_data_builder(settings, data) for name, data in tried.items()}
         best, swept = self._sweep(builders)

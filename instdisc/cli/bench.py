@@ -16,6 +16,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("bench", help="measure a part of the system against its alternative in the same run")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_step(benchmarks)
+    _add_loader(benchmarks)
     parser.set_defaults(run=run, takes_overrides=True)
     return parser
 
@@ -70,3 +71,45 @@ def _measure_step(options: argparse.Namespace) -> dict[str, Any]:
         full_sweep=options.sweep == "full",
     )
     return bench_step(benchmark, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _add_loader(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "loader",
+        help="our image path against a torchvision DataLoader, DALI's random crops and decoding alone",
+        description="Our image path against a torchvision DataLoader at its best setting, against DALI's own random "
+        "crops, and against decoding alone, in this process. Takes minutes. --data.FIELD VALUE changes the source.",
+    )
+    parser.add_argument("--source", metavar="SRC", help="folder or URI of images (default: 512 made-up photographs)")
+    parser.add_argument("--trials", type=int, default=7, help="timed trials of each side (default: 7)")
+    parser.add_argument("--batches", type=int, default=16, help="batches of a trial (default: 16)")
+    parser.add_argument("--batch", type=int, default=64, help="images of a batch (default: 64)")
+    parser.add_argument("--size", type=int, default=224, help="side of a crop in pixels (default: 224)")
+    parser.add_argument("--threads", type=int, help="CPU threads of every side (default: all usable cores)")
+    parser.add_argument(
+        "--sweep",
+        choices=("full", "short"),
+        default="full",
+        help="workers of the DataLoader: 0 to 3, or as many as threads (default: full)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(measure=_measure_loader)
+
+
+def _measure_loader(options: argparse.Namespace) -> dict[str, Any]:
+    from instdisc.benchmark.loader import LoaderBenchmark, bench_loader
+    from instdisc.config import TrainConfig
+
+    overrides: dict[str, Any] = parse_overrides(options.overrides)
+    if options.source:
+        overrides["data.root"] = options.source
+    benchmark = LoaderBenchmark(
+        data=TrainConfig().with_overrides(overrides).data,
+        trials=options.trials,
+        batches=options.batches,
+        batch=options.batch,
+        size=options.size,
+        threads=options.threads,
+        full_sweep=options.sweep == "full",
+    )
+    return bench_loader(benchmark, lambda line: print(line, file=sys.stderr, flush=True))

@@ -31,7 +31,9 @@ def fetch(cache, key, size=1000, next_use=None, **more):
 
 
 def files(cache):
-    return sorted(str(p.relative_to(cache.folder)) for p in cache.folder.rglob("*") if p.is_file() and p.name != ".room")
+    return sorted(
+        str(p.relative_to(cache.folder)) for p in cache.folder.rglob("*") if p.is_file() and p.name != ".room"
+    )
 
 
 def test_a_file_is_downloaded_once_and_then_read(tmp_path):

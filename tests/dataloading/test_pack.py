@@ -162,7 +162,7 @@ def test_a_packed_set_packs_again_to_the_same_bytes_and_as_a_webdataset_it_has_t
     assert tars.index.source.startswith("webdataset")
     assert [tars.read(row) for row in range(40)] == [packed.read(row) for row in range(40)]
     assert tars.index.labels_N.tolist() == packed.index.labels_N.tolist()
-    assert list(tars.index.names)[0] == "train/000000.tar/cat/001.jpg"
+    assert next(iter(tars.index.names)) == "train/000000.tar/cat/001.jpg"
 
 
 def test_small_images_keep_their_pixels_and_their_digest(tmp_path):
@@ -247,7 +247,7 @@ def test_images_that_are_all_damaged_or_gone_are_no_data_set(photos, tmp_path):
     images = list_images("auto", str(photos), "train")
     for path in photos.rglob("*.*g"):
         path.unlink()
-    with pytest.raises(DatasetError, match="none of .* images can be read"):
+    with pytest.raises(DatasetError, match=r"none of .* images can be read"):
         pack(images, Store(str(tmp_path / "gone")), "train", parallel=HERE)
 
 

@@ -1,5 +1,6 @@
 """Images on a real S3 server: the same pixels as from a folder, read once, whatever is killed meanwhile."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -180,10 +181,8 @@ def test_a_cache_smaller_than_the_data_is_kept_within_its_limit(folder, packed, 
         while not stop.is_set():
             used = 0
             for path in tmp_path.rglob("*.tar*"):
-                try:
+                with contextlib.suppress(FileNotFoundError):
                     used += path.stat().st_size
-                except FileNotFoundError:
-                    pass
             most[0] = max(most[0], used)
             time.sleep(0.005)
 
