@@ -27,6 +27,7 @@ from cluster.worker import threads_for
 
 UNTESTED_ON_GPU = (
     "DALI's mixed (GPU) decoding",
+    "colour augmentation and normalisation of images on CUDA",
     "bfloat16 autocast on CUDA",
     "NCCL collectives of the memory bank and of DDP",
 )
