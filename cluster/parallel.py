@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -44,20 +44,15 @@ class ProcessMap:
                 while waiting:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     waiting |= {pool.submit(function, item) for item in islice(left, len(done))}
-                    yield from (_result(future) for future in done)
+                    yield from (future.result() for future in done)
+            except BrokenProcessPool as error:
+                raise MapProcessDied(
+                    "a worker process was killed (out of memory, or a decoder crashed on a hostile image); what was "
+                    "done is kept, the same command goes on"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise MapProcessDied(
-            "a worker process was killed (out of memory, or a decoder crashed on a hostile image); what was done is "
-            "kept, the same command goes on"
-        ) from error
 
 
 def _follow_parent() -> None:

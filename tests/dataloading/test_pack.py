@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from made_images import encode, picture
 
-from cluster.parallel import MapProcessDied, ProcessMap
+from cluster.parallel import ProcessMap
 from cluster.store import Store
 from dataloading.augment import AugmentConfig
 from dataloading.index import DatasetError
@@ -289,15 +289,6 @@ def test_a_shard_that_was_cut_short_is_an_error_of_its_images_only(photos, tmp_p
                 dataset.read(row)
         else:
             assert dataset.read(row)
-
-
-def _exit(_item):
-    os._exit(9)
-
-
-def test_a_process_of_the_map_that_is_killed_is_told():
-    with pytest.raises(MapProcessDied, match="killed"):
-        list(ProcessMap(2)(_exit, range(4)))
 
 
 def test_a_tar_that_is_damaged_is_refused_with_its_name(tmp_path):
