@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dataloading import headers, pillow
+from dataloading import pillow
 from dataloading.damaged import DamagedRows
 from dataloading.plan import Plan, Planner
 
@@ -62,7 +62,7 @@ class _Sample:
     reason: str = ""
     unread: OSError | None = None
     for_decoder: bool = False
-    """The decoder knows the format."""
+    """The decoder may see it: `pillow.is_plain`."""
     alone: bool = False
     """The row failed before: it must not cost its whole batch again."""
 
@@ -153,7 +153,9 @@ class EncodedCrops:
         if (header.height, header.width) != listed:
             found = f"{header.width} x {header.height} pixels, the index says {listed[1]} x {listed[0]}"
             return _Sample(b"", reason=f"changed since it was indexed: {found}")
-        return _Sample(encoded, for_decoder=header.format in headers.FORMATS, alone=self._damaged.is_recorded(row))
+        return _Sample(
+            encoded, for_decoder=pillow.is_plain(encoded, header.format), alone=self._damaged.is_recorded(row)
+        )
 
     def _submit(self, plan: Plan, samples: list[_Sample]) -> _Job:
         unread = [sample.unread for sample in samples if sample.unread]

@@ -1,5 +1,6 @@
 """The loader's contract, on every image path."""
 
+import io
 from itertools import islice
 
 import numpy as np
@@ -283,3 +284,26 @@ def test_eval_of_images_in_memory_at_their_own_size_returns_them():
 def test_an_impossible_loader_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         batches_of(PATHS["dali"], 1, **wrong)
+
+
+def test_only_formats_whose_broken_files_are_harmless_reach_the_decoder(monkeypatch):
+    """Images that fail can end DALI's whole process: formats of fuzzers and images that are cut off go to Pillow."""
+    from dataloading import dali_pipeline
+
+    kinds = ["JPEG", "TIFF", "PNG", "PPM", "WEBP", "BMP", "JPEG2000"]
+    files = [encode(picture(40, 50, number), kind) for number, kind in enumerate(kinds)]
+    seen, submit = set(), dali_pipeline.DaliDecoder.submit
+
+    def spy(self, encoded, anchors_M2, sizes_M2):
+        seen.update(Image.open(io.BytesIO(image.tobytes())).format for image in encoded)
+        submit(self, encoded, anchors_M2, sizes_M2)
+
+    monkeypatch.setattr(dali_pipeline.DaliDecoder, "submit", spy)
+    loader = make_loader(
+        encoded_dataset(files), AugmentConfig(size=32), seed=0, global_batch=7, offsets=(0, 7), device="cpu",
+        num_threads=1, backend="dali",
+    )  # fmt: skip
+    batch = next(loader.batches(0))
+    loader.close()
+    assert batch.valid_B.all()
+    assert seen == {"JPEG", "PNG", "WEBP"}
