@@ -193,7 +193,8 @@ def test_a_cache_smaller_than_the_data_is_kept_within_its_limit(folder, packed, 
     finally:
         stop.set()
         watcher.join()
-    assert most[0] <= limit
+    # A walk is no snapshot: a shard can be seen before it goes, and the one that takes its room as well.
+    assert most[0] <= limit + max(sizes)
     uncached = open_dataset("auto", packed, "train", storage=storage())
     assert found == pixels(uncached, steps=3 * NUM // 2, order=narrow, global_batch=2)
     # Shards come and go: more downloads than shards, but fewer images read one by one than in all.
