@@ -26,6 +26,10 @@ class ProcessMap:
     num_processes: int
     """0 calls it in this process."""
 
+    def __post_init__(self) -> None:
+        if self.num_processes < 0:
+            raise ValueError(f"processes: found {self.num_processes}, expected 0 (this process) or more")
+
     def __call__(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Yield function(item) for all items, as they are done; few items are alive at a time.
 

@@ -16,7 +16,7 @@ from dataloading.cache import Fetched
 from dataloading.headers import Progress, all_small, scan
 from dataloading.index import Dataset, DatasetError, DatasetIndex, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root
-from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
+from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
 from dataloading.shards import MANIFEST, PIECE_BYTES, ShardManifest, fingerprint_of, load_manifest
 from dataloading.storage import Objects, Storage, is_remote, local_path
 
@@ -91,8 +91,7 @@ def _remote_buffer(objects: Objects, key: str, num_bytes: int, storage: Storage)
 
     def download(descriptor: int) -> None:
         for start in range(0, num_bytes, PIECE_BYTES):
-            data = objects.get(key, start, min(num_bytes, start + PIECE_BYTES))
-            os.pwrite(descriptor, data, start)
+            write_at(descriptor, objects.get(key, start, min(num_bytes, start + PIECE_BYTES)), start)
 
     cache = storage.cache
     if cache is not None:

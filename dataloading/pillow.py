@@ -47,10 +47,7 @@ def read_header(encoded: bytes) -> Header:
         raise ValueError(f"{len(encoded):,} bytes that are no image in a known format") from error
     except Exception as error:  # a parser that meets a damaged file raises nearly anything
         raise ValueError(f"unreadable header of {len(encoded):,} bytes: {type(error).__name__}: {error}") from error
-    if header.height * header.width > headers.MAX_PIXELS:
-        raise ValueError(
-            f"decompression bomb: {header.width} x {header.height} pixels, expected at most {headers.MAX_PIXELS:,}"
-        )
+    headers.check_size(header.height, header.width)
     return header
 
 

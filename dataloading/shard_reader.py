@@ -198,14 +198,19 @@ class RemoteShards:
         for _ in range(_PIECE_TRIES):
             data = self.objects.get(self.key(shard), start, stop)
             if len(data) == stop - start and image_checksum(data).hex() == about.pieces[number]:
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
+                write_at(descriptor, data, start)
                 return
         raise OSError(
             f"{self.objects.uri}/{self.key(shard)}: bytes {start:,} to {stop:,} differ from the manifest's checksum "
             f"({_PIECE_TRIES} tries); it was changed or damaged there: pack it again, or put it back"
         )
+
+
+def write_at(descriptor: int, data: bytes, start: int) -> None:
+    """Write all of `data` at a place of a file; the system may take it in parts."""
+    written = 0
+    while written < len(data):
+        written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
 
 
 def in_pieces(source: ShardBytes, shard: int, num_bytes: int) -> Iterator[bytes]:

@@ -99,18 +99,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _parallel_map(options: argparse.Namespace) -> Any:
-    from dataloading.index import DatasetError
-
     if options.address:
         from cluster.ray_map import RayMap
 
         return RayMap(options.address)
     from cluster.parallel import ProcessMap
 
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
-    if workers < 0:
-        raise DatasetError(f"--workers: found {workers}, expected 0 (this process) or more")
-    return ProcessMap(workers)
+    return ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
 
 
 class _Told:

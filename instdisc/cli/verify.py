@@ -39,9 +39,7 @@ def run(options: argparse.Namespace) -> int:
     from instdisc.launch import absolute
     from instdisc.progress import Progress
 
-    workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
-    if workers < 0:
-        raise DatasetError(f"--workers: found {workers}, expected 0 (this process) or more")
+    parallel = ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
     started_s, num_images, problems = time.monotonic(), 0, {}
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
@@ -57,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             progress.update({"kind": "phase", "text": text})
 
         try:
-            problems[split] = list(verify(manifest, source, ProcessMap(workers), told))
+            problems[split] = list(verify(manifest, source, parallel, told))
         finally:
             progress.close()
         num_images += manifest.index.num_rows

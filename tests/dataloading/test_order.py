@@ -60,7 +60,7 @@ def test_lanes_keep_their_shards_from_epoch_to_epoch():
     order = block_order(sizes=np.full(64, 40), global_batch=32, lanes=8)
     halves = [(0, 16), (16, 32)]
     read = [{use.shard for epoch in range(5) for use in order.uses(half, epoch)} for half in halves]
-    assert [len(shards) for shards in read] <= [33, 33]
+    assert max(len(shards) for shards in read) <= 33
     assert len(read[0] | read[1]) == 64
 
 

@@ -109,8 +109,6 @@ def test_pixels_are_those_of_the_folder_with_a_cold_cache_a_warm_one_and_none(fo
         far = open_dataset("auto", packed, "train", storage=storage(place))
         assert far.index.digest == near.index.digest
         seen.append(pixels(far, order=order))
-        if place is not None:
-            wait_for_cache(far, 0)
     assert seen[0] == seen[1] == seen[2]
     assert expected is None or seen[0] == expected
     assert far.read.source.traffic.images >= 12 * GLOBAL_BATCH
@@ -146,7 +144,7 @@ def test_two_jobs_that_share_a_cache_download_every_shard_once(packed, tmp_path)
         "from test_remote import *\n"
         "far = open_dataset('auto', sys.argv[1], 'train', storage=storage(ShardCache(sys.argv[2])))\n"
         "found = pixels(far, steps=40, order=BLOCK, pause_s=0.05)\n"
-        "print(json.dumps([far.read.source.traffic.shards, hash(0), sorted(found.values())]))\n"
+        "print(json.dumps([far.read.source.traffic.shards, sorted(found.values())]))\n"
     )
     command = [sys.executable, "-c", script, packed, str(tmp_path), os.path.dirname(__file__)]
     command.append(os.path.dirname(os.path.dirname(__file__)))
@@ -154,7 +152,7 @@ def test_two_jobs_that_share_a_cache_download_every_shard_once(packed, tmp_path)
     answers = [json.loads(job.communicate(timeout=120)[0]) for job in jobs]
     far = open_dataset("auto", packed, "train", storage=storage())
     assert sum(answer[0] for answer in answers) == len(far.read.source.shards)
-    assert answers[0][2] == answers[1][2]
+    assert answers[0][1] == answers[1][1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
