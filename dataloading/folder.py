@@ -11,16 +11,16 @@ sorted by name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.headers import EXTENSIONS, Progress, Scan, all_small, scan
+from dataloading.headers import EXTENSIONS, Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
+from dataloading.scanned import scan_dataset
 
 _CHUNK = 64
 
@@ -54,20 +54,10 @@ def open_folder(
     require_same(read.base, index, listed)
     if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
         return Dataset(index, None, read)
-    found = _scan(read.base, read.names, on_progress)
-    if len(found.reasons) == len(read.names):
-        raise DatasetError(
-            f"none of the {len(read.names):,} images in {read.base} can be read; {read.names[0]}: {found.reasons[0]}. "
-            "Check the files"
-        )
-    scanned = replace(
-        listed,
-        heights_N=found.heights_N,
-        widths_N=found.widths_N,
-        bad_N=found.bad_N,
-        reasons=found.reasons,
+    chunks = (list(read.names[row : row + _CHUNK]) for row in range(0, len(read.names), _CHUNK))
+    return scan_dataset(
+        listed, read, chunks, lambda name: open(read.base / name, "rb"), where=str(read.base), on_progress=on_progress
     )
-    return Dataset(scanned, found.pixels_NHWC, read if found.pixels_NHWC is None else None)
 
 
 def list_folder(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
@@ -148,11 +138,3 @@ def _labels(files: list[tuple[str, int]], classes: list[str]) -> NDArray[np.int6
     if len(classes) < 2 or any("/" not in name for name, _ in files):
         return None
     return np.array([number[name.split("/", 1)[0]] for name, _ in files], dtype=np.int64)
-
-
-def _scan(base: Path, names: Names, on_progress: Progress | None) -> Scan:
-    def open_file(name: str) -> BinaryIO:
-        return open(base / name, "rb")
-
-    chunks = (list(names[row : row + _CHUNK]) for row in range(0, len(names), _CHUNK))
-    return scan(chunks, len(names), open_file, on_progress=on_progress)

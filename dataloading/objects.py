@@ -6,17 +6,18 @@ Every object costs a request per read: for more than some ten thousand images, p
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.folder import choose_split, file_index
-from dataloading.headers import EXTENSIONS, Progress, all_small, scan
+from dataloading.headers import EXTENSIONS, Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, require_same
 from dataloading.listing import SPLIT_NAMES
 from dataloading.packed import require_storage
+from dataloading.scanned import scan_dataset
 from dataloading.storage import Objects, Storage
 
 _HEADER_BYTES = 64 << 10
@@ -60,19 +61,15 @@ def open_objects(
         return Dataset(index, None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
-    found = scan(chunks, len(rows), lambda row: _open(read, row), on_progress=on_progress, num_threads=_SCAN_THREADS)
-    if len(found.reasons) == len(rows):
-        raise DatasetError(
-            f"none of the {len(rows):,} images in {root} can be read; {read.names[0]}: {found.reasons[0]}. Check them"
-        )
-    scanned = replace(
+    return scan_dataset(
         listed,
-        heights_N=found.heights_N,
-        widths_N=found.widths_N,
-        bad_N=found.bad_N,
-        reasons=found.reasons,
+        read,
+        chunks,
+        lambda row: _open(read, row),
+        where=root,
+        on_progress=on_progress,
+        num_threads=_SCAN_THREADS,
     )
-    return Dataset(scanned, found.pixels_NHWC, read if found.pixels_NHWC is None else None)
 
 
 def list_objects(

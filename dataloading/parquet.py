@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataloading.headers import Progress, all_small, scan
+from dataloading.headers import Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, image_checksum, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet_reader import ParquetReader
+from dataloading.scanned import scan_dataset
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
@@ -223,23 +224,10 @@ def _scan(files: _Files, listed: DatasetIndex, reader: ParquetReader, on_progres
                 content.update(image_checksum(image or b""))
             yield images
 
-    found = scan(chunks(), listed.num_rows, _open_bytes, on_progress=on_progress)
-    if len(found.reasons) == listed.num_rows:
-        raise DatasetError(
-            f"none of the {listed.num_rows:,} images in {files.where} can be read; "
-            f"{listed.names[0]}: {found.reasons[0]}. Check the files"
-        )
+    dataset = scan_dataset(listed, reader, chunks(), _open_bytes, where=files.where, on_progress=on_progress)
     num_bytes_N = np.array(sizes, dtype=np.int64)
-    index = replace(
-        listed,
-        heights_N=found.heights_N,
-        widths_N=found.widths_N,
-        bad_N=found.bad_N,
-        digest=list_digest(Names.of(listed.names), num_bytes_N, content.digest()),
-        reasons=found.reasons,
-        num_bytes_N=num_bytes_N,
-    )
-    return Dataset(index, found.pixels_NHWC, reader if found.pixels_NHWC is None else None)
+    digest = list_digest(Names.of(listed.names), num_bytes_N, content.digest())
+    return replace(dataset, index=replace(dataset.index, digest=digest, num_bytes_N=num_bytes_N))
 
 
 def _open_bytes(image: bytes | None) -> BinaryIO:

@@ -15,10 +15,11 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from dataloading.headers import EXTENSIONS, Progress, all_small, scan
+from dataloading.headers import EXTENSIONS, Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.packed import require_storage
+from dataloading.scanned import scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import Shard, fingerprint_of
 from dataloading.storage import Storage, is_remote, local_path
@@ -52,19 +53,9 @@ def open_webdataset(
         return Dataset(index, None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
-    found = scan(chunks, len(rows), lambda row: io.BytesIO(read(row)), on_progress=on_progress)
-    if len(found.reasons) == len(rows):
-        raise DatasetError(
-            f"none of the {len(rows):,} images in {root} can be read: {found.reasons[0]}. Check the tars"
-        )
-    scanned = replace(
-        listed,
-        heights_N=found.heights_N,
-        widths_N=found.widths_N,
-        bad_N=found.bad_N,
-        reasons=found.reasons,
+    return scan_dataset(
+        listed, read, chunks, lambda row: io.BytesIO(read(row)), where=str(root), on_progress=on_progress
     )
-    return Dataset(scanned, found.pixels_NHWC, read if found.pixels_NHWC is None else None)
 
 
 def list_webdataset(
