@@ -173,7 +173,8 @@ class _Plan:
             self.target.put(f"{self.folder}{MANIFEST}", path.read_bytes())
         for key, _ in self.target.list_sizes(f"{self.folder}{REPORTS}/"):
             self.target.delete(key)
-        self.target.remove_leftovers(f"{self.folder}{REPORTS}")
+        # Of this folder too: a killed process leaves the unfinished file of its shard.
+        self.target.remove_leftovers(self.folder.rstrip("/"))
         return _report_of(manifest, damaged)
 
     def _divide(self, shard_mb: float) -> list[NDArray[np.int64]]:
