@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from dataloading.philox import Purpose, uniforms
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+GRAY = (0.2989, 0.587, 0.114)
+"""Luma of red, green and blue: ITU-R 601 as torchvision rounds it."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -214,3 +216,16 @@ def _largest_within_ratio(image_B2: NDArray[np.int64], ratio: tuple[float, float
 def _check(name: str, found: object, is_valid: bool, expected: str) -> None:
     if not is_valid:
         raise ValueError(f"AugmentConfig.{name}: found {found!r}, expected {expected}")
+
+
+def kernel_size(size: int) -> int:
+    """Return the width of the blur's kernel in pixels: about a tenth of the image and odd, 23 at 224 (SimCLR)."""
+    return 2 * (size // 20) + 1
+
+
+def blur_taps(sigma_B: NDArray[np.float32], size: int) -> NDArray[np.float64]:
+    """Return the weights of the blur's centre and of one side, (B, T), for images of `size` pixels; centre + 2 * side
+    is 1. Where sigma is 0 the weights mean nothing."""
+    radius = min(kernel_size(size) // 2, size - 1)
+    weights_BT = np.exp(-0.5 * (np.arange(radius + 1) / np.maximum(sigma_B, 1e-6).astype(np.float64)[:, None]) ** 2)
+    return weights_BT / (2.0 * weights_BT.sum(axis=1, keepdims=True) - weights_BT[:, :1])

@@ -1,8 +1,7 @@
 """Crops of encoded images: read ahead in threads, decode ahead in a decoder, and replace what turns out damaged.
 
-Decoders fail as a whole batch (DALI does). Then the batch is halved until the damaged images are known; Pillow tries
-those, and where it fails too the sample is planned again with another row. All other samples keep the decoder's pixels,
-and a row that failed before is decoded by itself, so that no image depends on its batch or on what was seen before.
+A decoder answers for every window with pixels or with a reason. Where there are none the sample is planned again with
+another row; all other samples keep their pixels, so that no image depends on its batch or on what was seen before.
 
 Shapes: B samples, M windows of a batch, C = 3 channels, S side of a crop.
 """
@@ -10,17 +9,13 @@ Shapes: B samples, M windows of a batch, C = 3 channels, S side of a crop.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from io import BytesIO
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from dataloading import pillow
@@ -34,51 +29,54 @@ _BATCHES_READ_AHEAD = 3
 _BATCHES_IN_DECODER = 3
 
 
-class DecodeFailed(RuntimeError):
-    """At least one image of a batch could not be decoded."""
+@dataclass(frozen=True)
+class Window:
+    """A part of an encoded image, or the reason why there is no image."""
+
+    encoded: bytes
+    anchor: tuple[int, int]
+    """Top and left, in pixels."""
+    size: tuple[int, int]
+    """Height and width, in pixels."""
+    is_plain: bool = False
+    """Fast decoders may see it: `pillow.is_plain`."""
+    failed_before: bool = False
+    """A decoder that fails as a whole batch does this image by itself."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a batch."""
+
+    crops: Tensor
+    """uint8 (M, C, S, S), on the device. Whoever collected them may write to them."""
+    reasons: dict[int, str]
+    """Why there are no pixels, per window (its place in the batch) that has none."""
 
 
 class Decoder(Protocol):
     """Decodes batches in the order in which they were submitted, in the background."""
 
-    def submit(
-        self, encoded: list[NDArray[np.uint8]], anchors_M2: NDArray[np.int64], sizes_M2: NDArray[np.int64]
-    ) -> None:
-        """Start to decode the windows (top, left), (height, width) of encoded images."""
+    def submit(self, windows: Sequence[Window]) -> None:
+        """Start to decode a batch."""
         ...
 
-    def collect(self) -> Tensor:
-        """Return the oldest batch, uint8 (M, C, S, S), on the device; may raise DecodeFailed."""
+    def collect(self) -> Decoded:
+        """Wait for the oldest batch that was not collected yet."""
         ...
 
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """The encoded image of a window, or the reason why there is none."""
-
-    encoded: bytes
-    reason: str = ""
-    unread: OSError | None = None
-    for_decoder: bool = False
-    """The decoder may see it: `pillow.is_plain`."""
-    alone: bool = False
-    """The row failed before: it must not cost its whole batch again."""
-
-    @property
-    def in_batch(self) -> bool:
-        return self.for_decoder and not self.alone
+    def close(self) -> None:
+        """End threads and free memory."""
+        ...
 
 
 @dataclass
 class _Job:
-    """A batch on its way through the decoder. crops is set once it was collected; None if it failed."""
+    """A batch on its way through the decoder."""
 
     plan: Plan
-    samples: list[_Sample]
-    collected: bool = False
-    crops: Tensor | None = None
+    decoded: Decoded | None = None
 
 
 class EncodedCrops:
@@ -92,13 +90,12 @@ class EncodedCrops:
         damaged: DamagedRows,
         decoder: Decoder,
         *,
-        size: int,
-        device: torch.device,
         num_readers: int,
         read_together: int,
     ) -> None:
+        """read(row): the encoded image; called in threads. read_together: images that a thread takes at once."""
         self._read, self._index, self._planner, self._damaged = read, index, planner, damaged
-        self._decoder, self._size, self._device = decoder, size, device
+        self._decoder = decoder
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="read-images")
         self._in_decoder: deque[_Job] = deque()
         self._read_together = read_together
@@ -113,18 +110,17 @@ class EncodedCrops:
         generation = self._generation
         self._collect_all()
         self._in_decoder.clear()
-        reading: deque[tuple[Plan, list[Future[list[_Sample]]]]] = deque()
+        reading: deque[tuple[Plan, list[Future[list[_Read]]]]] = deque()
         while generation == self._generation:
             while len(reading) < _BATCHES_READ_AHEAD and (plan := next(plans, None)):
                 reading.append((plan, self._start_reading(plan)))
             while reading and len(self._in_decoder) < _BATCHES_IN_DECODER:
                 plan, parts = reading.popleft()
-                self._in_decoder.append(self._submit(plan, [s for part in parts for s in part.result()]))
+                self._submit(plan, [read for part in parts for read in part.result()])
             if not self._in_decoder:
                 return
             job = self._in_decoder.popleft()
-            self._collect(job)
-            yield self._complete(job)
+            yield self._complete(job.plan, self._collect(job))
 
     def close(self) -> None:
         """End the reading threads and the decoder."""
@@ -134,114 +130,72 @@ class EncodedCrops:
         self._in_decoder.clear()
         self._decoder.close()
 
-    def _start_reading(self, plan: Plan) -> list[Future[list[_Sample]]]:
-        sources = plan.sources_M.tolist()
-        together = self._read_together
-        parts = (sources[i : i + together] for i in range(0, len(sources), together))
-        return [self._readers.submit(lambda part: [self._load(row) for row in part], part) for part in parts]
+    def _start_reading(self, plan: Plan) -> list[Future[list[_Read]]]:
+        parts = (
+            range(start, min(start + self._read_together, plan.num_windows))
+            for start in range(0, plan.num_windows, self._read_together)
+        )
+        return [self._readers.submit(lambda part: [self._load(plan, m) for m in part], part) for part in parts]
 
-    def _load(self, row: int) -> _Sample:
+    def _load(self, plan: Plan, window: int) -> _Read:
         """Read an image and check its header; never raises for what is wrong with the image. Called in threads."""
+        row, anchor, size = int(plan.sources_M[window]), plan.anchors_M2[window], plan.sizes_M2[window]
+        where = (int(anchor[0]), int(anchor[1])), (int(size[0]), int(size[1]))
         try:
             encoded = self._read(row)
             header = pillow.read_header(encoded)
         except OSError as error:
-            return _Sample(b"", reason=f"cannot be read: {error}", unread=error)
+            return _Read(Window(b"", *where, reason=f"cannot be read: {error}"), error)
         except ValueError as error:
-            return _Sample(b"", reason=str(error))
+            return _Read(Window(b"", *where, reason=str(error)))
         listed = (int(self._index.heights_N[row]), int(self._index.widths_N[row]))
         if (header.height, header.width) != listed:
             found = f"{header.width} x {header.height} pixels, the index says {listed[1]} x {listed[0]}"
-            return _Sample(b"", reason=f"changed since it was indexed: {found}")
-        return _Sample(
-            encoded, for_decoder=pillow.is_plain(encoded, header.format), alone=self._damaged.is_recorded(row)
-        )
+            return _Read(Window(b"", *where, reason=f"changed since it was indexed: {found}"))
+        is_plain = pillow.is_plain(encoded, header.format)
+        return _Read(Window(encoded, *where, is_plain, self._damaged.is_recorded(row)))
 
-    def _submit(self, plan: Plan, samples: list[_Sample]) -> _Job:
-        unread = [sample.unread for sample in samples if sample.unread]
-        if len(unread) == len(samples) > 1:
+    def _submit(self, plan: Plan, read: list[_Read]) -> None:
+        unread = [one.error for one in read if one.error]
+        if len(unread) == len(read) > 1:
             # One missing file is damage; a whole batch of them is storage that is gone, and no reason to go on.
             raise unread[0]
-        self._start_decoding(plan, samples, np.arange(len(samples)))
-        return _Job(plan, samples)
+        self._decoder.submit([one.window for one in read])
+        self._in_decoder.append(_Job(plan))
 
-    def _start_decoding(self, plan: Plan, samples: list[_Sample], chosen: NDArray[np.int64]) -> None:
-        """Submit some windows; where the decoder must not see an image it gets a placeholder of one pixel."""
-        shown_M = np.array([samples[m].in_batch or len(chosen) == 1 for m in chosen])
-        pairs = zip(chosen, shown_M, strict=True)
-        encoded = [np.frombuffer(samples[m].encoded if shown else _one_pixel(), np.uint8) for m, shown in pairs]
-        anchors_M2 = np.where(shown_M[:, None], plan.anchors_M2[chosen], 0)
-        self._decoder.submit(encoded, anchors_M2, np.where(shown_M[:, None], plan.sizes_M2[chosen], 1))
-
-    def _collect(self, job: _Job) -> None:
-        if not job.collected:
-            job.collected = True
-            try:
-                job.crops = self._decoder.collect()
-            except DecodeFailed:
-                job.crops = None
+    def _collect(self, job: _Job) -> Decoded:
+        if job.decoded is None:
+            job.decoded = self._decoder.collect()
+        return job.decoded
 
     def _collect_all(self) -> None:
         for job in self._in_decoder:
             self._collect(job)
 
-    def _complete(self, job: _Job) -> tuple[Plan, Tensor]:
-        """Return the plan and crops of a collected job after replacing what could not be decoded."""
-        plan, samples, crops = job.plan, job.samples, job.crops
-        missing = np.flatnonzero([crops is None or not sample.in_batch for sample in samples])
-        if crops is None:
-            crops = torch.empty((len(samples), 3, self._size, self._size), dtype=torch.uint8, device=self._device)
-        elif len(missing):
-            crops = crops.clone()  # the decoder's memory is not ours to write to
+    def _complete(self, plan: Plan, decoded: Decoded) -> tuple[Plan, Tensor]:
+        """Return the plan and crops of a batch after replacing what could not be decoded."""
+        crops, reasons = decoded.crops, decoded.reasons
         failed: dict[int, set[int]] = {}
-        while len(missing):
+        while reasons:
+            for window, reason in reasons.items():
+                row = int(plan.sources_M[window])
+                self._damaged.add(row, reason)
+                failed.setdefault(window % len(plan.rows_B), set()).add(row)
+            replaced = self._planner.plan(plan.rows_B, plan.visits_B, failed)
+            changed = np.flatnonzero(replaced.sources_M != plan.sources_M).tolist()
+            plan = replaced
             # The decoder answers in order, so what it was given before comes first.
             self._collect_all()
-            for window in self._fill(plan, samples, missing, crops):
-                row = int(plan.sources_M[window])
-                if reason := self._fill_by_pillow(plan, samples[window], window, crops):
-                    self._damaged.add(row, reason)
-                    failed.setdefault(window % len(plan.rows_B), set()).add(row)
-            replaced = self._planner.plan(plan.rows_B, plan.visits_B, failed)
-            missing = np.flatnonzero(replaced.sources_M != plan.sources_M)
-            plan = replaced
-            for window in missing:
-                samples[window] = self._load(int(plan.sources_M[window]))
+            self._decoder.submit([self._load(plan, window).window for window in changed])
+            again = self._decoder.collect()
+            crops[torch.tensor(changed, device=crops.device)] = again.crops
+            reasons = {changed[window]: reason for window, reason in again.reasons.items()}
         return plan, crops
 
-    def _fill(self, plan: Plan, samples: list[_Sample], chosen: NDArray[np.int64], crops: Tensor) -> list[int]:
-        """Decode the chosen windows into crops, halving what fails; return those that the decoder cannot do."""
-        failed = [m for m in chosen.tolist() if not samples[m].for_decoder]
-        parts = [np.array([m]) for m in chosen if samples[m].for_decoder and samples[m].alone]
-        parts.append(np.array([m for m in chosen if samples[m].in_batch], dtype=np.int64))
-        while parts:
-            part = parts.pop()
-            if len(part) == 0:
-                continue
-            self._start_decoding(plan, samples, part)
-            try:
-                crops[torch.from_numpy(part).to(crops.device)] = self._decoder.collect()
-            except DecodeFailed:
-                half = len(part) // 2
-                parts += [part[:half], part[half:]] if half else []
-                failed += [] if half else part.tolist()
-        return failed
 
-    def _fill_by_pillow(self, plan: Plan, sample: _Sample, window: int, crops: Tensor) -> str:
-        """Decode one window with Pillow; return the reason if that fails too, else an empty string."""
-        if sample.reason:
-            return sample.reason
-        where = (plan.anchors_M2[window], plan.sizes_M2[window])
-        try:
-            crop_CSS = pillow.decode_crop(sample.encoded, *where, self._size)
-        except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-            return f"cannot be decoded: {type(error).__name__}: {error}"
-        crops[window] = crop_CSS.to(crops.device)
-        return ""
+@dataclass(frozen=True)
+class _Read:
+    """An image that was read, or that could not be."""
 
-
-@cache
-def _one_pixel() -> bytes:
-    file = BytesIO()
-    Image.new("RGB", (1, 1)).save(file, "PNG")
-    return file.getvalue()
+    window: Window
+    error: OSError | None = None

@@ -13,18 +13,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Barrier
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dataloading.augment import AugmentConfig
-from dataloading.color import CPU_PART_ELEMENTS, augment_colors, normalize
+from dataloading.color import augment_colors, normalize, to_unit_range
 from dataloading.plan import Plan
+from dataloading.threads import Buffers, single_threaded_pool
 
-_MAX_BUFFERS = 8
 _BATCHES_AHEAD = 1
+_PART_ELEMENTS = 150_000
+"""A thread works off so many numbers at a time, an image of 224 pixels: they stay in its caches."""
 
 
 class Finish(Protocol):
@@ -76,7 +77,7 @@ class Finisher:
     def __init__(self, finish: Finish, num_threads: int) -> None:
         self._finish, self._num_threads = finish, num_threads
         self._pool: ThreadPoolExecutor | None = None
-        self._buffers = _Buffers()
+        self._buffers = Buffers(torch.float32)
 
     def images(self, batches: Iterator[tuple[Plan, Tensor]]) -> Iterator[tuple[Plan, Tensor]]:
         """Yield the plans with finished images, float32 (M, C, S, S), in order.
@@ -103,11 +104,12 @@ class Finisher:
             self._finish(crops_MCSS, plan, slice(0, len(crops_MCSS)))
             return crops_MCSS, []
         if crops_MCSS.device.type != "cpu":
-            images_MCSS = crops_MCSS.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+            images_MCSS = torch.empty(crops_MCSS.shape, device=crops_MCSS.device)
+            to_unit_range(crops_MCSS, images_MCSS)
             self._finish(images_MCSS, plan, slice(0, len(images_MCSS)))
             return images_MCSS, []
         if self._pool is None:
-            self._pool = _single_threaded_pool(self._num_threads)
+            self._pool = single_threaded_pool(self._num_threads, "finish-images")
         images_MCSS = self._buffers.take(crops_MCSS.shape)
         cuts = [len(images_MCSS) * part // self._num_threads for part in range(self._num_threads + 1)]
         shares = [range(start, stop) for start, stop in pairwise(cuts) if start < stop]
@@ -115,11 +117,11 @@ class Finisher:
 
     def _share(self, images_MCSS: Tensor, crops_MCSS: Tensor, plan: Plan, share: range) -> None:
         """Finish a thread's share of a batch, a few images at a time."""
-        size = max(1, CPU_PART_ELEMENTS // images_MCSS[0].numel())
+        size = max(1, _PART_ELEMENTS // images_MCSS[0].numel())
         for start in share[::size]:
             part = slice(start, min(start + size, share.stop))
             images = images_MCSS[part]
-            images.copy_(crops_MCSS[part]).div_(255.0)
+            to_unit_range(crops_MCSS[part], images)
             self._finish(images, plan, part)
 
 
@@ -127,49 +129,3 @@ def _done(plan: Plan, images_MCSS: Tensor, futures: list[Future[None]]) -> tuple
     for future in futures:
         future.result()
     return plan, images_MCSS
-
-
-def _single_threaded_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Return threads in which torch uses no further threads.
-
-    Teams of OpenMP threads that compete with the decoder's wait for each other at every operation.
-    """
-    before, barrier = torch.get_num_threads(), Barrier(num_threads)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        barrier.wait()
-
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="finish-images")
-    for future in [pool.submit(start) for _ in range(num_threads)]:
-        future.result()
-    # Each thread has a number of its own, but threads that start later take the one that was set last.
-    torch.set_num_threads(before)
-    return pool
-
-
-class _Buffers:
-    """Memory of batches that nobody holds any more, used again.
-
-    The kernel clears the pages of new memory one by one: 0.35 ms an image of 224 pixels, five times what it takes to
-    turn its bytes into floats.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, int]] = []
-
-    def take(self, shape: torch.Size) -> Tensor:
-        """Return an uninitialised float32 tensor on the CPU whose memory nobody uses."""
-        for buffer, alone in self._kept:
-            if buffer.shape == shape and _num_users(buffer) == alone:
-                return buffer.view(shape)
-        buffer = torch.empty(shape)
-        if len(self._kept) == _MAX_BUFFERS:
-            self._kept.pop(0)
-        self._kept.append((buffer, _num_users(buffer)))
-        return buffer.view(shape)
-
-
-def _num_users(tensor: Tensor) -> int:
-    """Return how many tensors, arrays and graphs hold the tensor's memory."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore[reportAttributeAccessIssue]

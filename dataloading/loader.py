@@ -1,7 +1,8 @@
 """Batches for training and evaluation: this rank's part of every global step, on the device.
 
-Three image paths stand behind one contract: small images that lie in memory are cropped in torch on the device
-(`memory`), encoded images go through DALI (`dali`), and torchvision is the slow reference for both (`torch`).
+Four image paths stand behind one contract: small images that lie in memory are cropped in torch on the device
+(`memory`), encoded images go through DALI (`dali`, for GPUs) or nvImageCodec, the decoders inside DALI (`nvimgcodec`,
+for CPUs), and torchvision is the slow reference for all (`torch`).
 
 Shapes: B samples of this rank, V views, C = 3 channels, S side of a view, G global batch, N rows.
 """
@@ -23,8 +24,9 @@ from dataloading.choices import BACKENDS
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
 from dataloading.downloads import ShardDownloads
-from dataloading.encoded import EncodedCrops
+from dataloading.encoded import Decoder, EncodedCrops
 from dataloading.finish import Augmented, Finisher, Normalized, Reference
+from dataloading.image_decoder import ImageDecoder
 from dataloading.order import OrderConfig, StepRows, make_order
 from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
 from dataloading.shard_reader import RemoteShards, ShardReader
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 
 _READ_TOGETHER, _REMOTE_READERS = 16, 32
+_NVIDIA = ("dali", "nvimgcodec")
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def make_loader(
     seed: of the stream and of the augmentation. global_batch: G. offsets: this rank's contiguous part [start, stop) of
     the G positions of a step; may be empty. num_threads: threads that decode, and as many that finish images on a CPU;
     readers, which mostly wait, come on top. backend: one of `BACKENDS`; `auto` takes memory where the pixels are there,
-    else DALI, else torch. order: None is the full permutation.
+    else DALI on a GPU and nvImageCodec on a CPU, else torch. order: None is the full permutation.
     """
     start, stop = offsets
     if not 0 <= start <= stop <= global_batch:
@@ -238,8 +241,7 @@ def _open_crops(
     if num_threads < 1:
         raise ValueError(f"num_threads: found {num_threads}, expected at least 1")
     if backend == "auto":
-        has_dali = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-        backend = "memory" if dataset.pixels_NHWC is not None else "dali" if has_dali else "torch"
+        backend = "memory" if dataset.pixels_NHWC is not None else _best_decoder(device)
     if backend == "memory":
         if dataset.pixels_NHWC is None:
             raise ValueError(f"backend 'memory': {dataset.index.source} has no pixels in memory; use 'auto'")
@@ -253,26 +255,30 @@ def _open_crops(
     # Readers need a core now and then (0.1 ms an image), or only wait for a far place: the decoder has the cores.
     is_remote = getattr(dataset.read, "is_remote", False)
     num_readers = _REMOTE_READERS if is_remote else max(1, num_threads // 4)
+    decoder = _open_decoder(backend, size, num_windows, device, num_threads)
+    together = 1 if is_remote else _READ_TOGETHER
+    crops = EncodedCrops(
+        dataset.read, dataset.index, planner, damaged, decoder, num_readers=num_readers, read_together=together
+    )
+    return crops, backend == "torch"
+
+
+def _best_decoder(device: torch.device) -> str:
+    """Return the fastest backend for encoded images that is installed."""
+    has = {name: find_spec("nvidia") is not None and find_spec(f"nvidia.{name}") is not None for name in _NVIDIA}
+    wanted = "nvimgcodec" if device.type == "cpu" else "dali"
+    return wanted if has[wanted] else "torch"
+
+
+def _open_decoder(backend: str, size: int, num_windows: int, device: torch.device, num_threads: int) -> Decoder:
     if backend == "dali":
         from dataloading.dali_pipeline import DaliDecoder
 
-        decoder = DaliDecoder(size=size, max_windows=num_windows, device=device, num_threads=num_threads)
-    else:
-        from dataloading.torch_loader import PillowDecoder
-
-        decoder = PillowDecoder(size=size, device=device, num_threads=num_threads)
-    crops = EncodedCrops(
-        dataset.read,
-        dataset.index,
-        planner,
-        damaged,
-        decoder,
-        size=size,
-        device=device,
-        num_readers=num_readers,
-        read_together=1 if is_remote else _READ_TOGETHER,
-    )
-    return crops, backend == "torch"
+        return DaliDecoder(size=size, max_windows=num_windows, device=device, num_threads=num_threads)
+    fast = None
+    if backend == "nvimgcodec":
+        from dataloading.nvimgcodec_decoder import decode_part as fast
+    return ImageDecoder(fast, size=size, device=device, num_threads=num_threads)
 
 
 def _batch(plan: Plan, images: Tensor) -> Batch:

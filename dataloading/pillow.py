@@ -1,6 +1,6 @@
 """Images through Pillow: the check of a header before anything is decoded, and the decoder that every format has.
 
-Shapes: H x W pixels of the image, C = 3 channels, S side of the result.
+Shapes: H x W pixels of the image, C = 3 channels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from dataloading import headers
 
@@ -52,11 +51,11 @@ def read_header(encoded: bytes) -> Header:
 
 
 def is_plain(encoded: bytes, image_format: str) -> bool:
-    """Return whether the fast decoder may see an image: of a format that it gets, whole, and no animation.
+    """Return whether fast decoders may see an image: of a format whose broken files are harmless to them, whole, and
+    no animation.
 
-    DALI 2.4 fails as a whole batch where one image fails, and now and then its threads still work on that batch when
-    its memory is gone: the process ends with a segmentation fault (seen on 2026-11-24). So it gets nothing that is cut
-    off. An image that is whole and fails in DALI alone (5 of 698 hostile files) can still do that.
+    Hostile TIFF, JPEG 2000, BMP and PPM files end a process in nvImageCodec 0.9; whole JPEG, PNG and WebP files never
+    did, damaged ones included. Images that are cut off are Pillow's because it says what is wrong with them.
     """
     if image_format == "JPEG":
         return _JPEG_END in encoded[-_TAIL_BYTES:]
@@ -74,8 +73,10 @@ def decode(encoded: bytes) -> NDArray[np.uint8]:
         return headers.decode(image.convert("RGBA") if image.mode == "P" else image)
 
 
-def decode_crop(encoded: bytes, anchor: NDArray[np.int64], window: NDArray[np.int64], size: int) -> Tensor:
-    """Return the window (top, left), (height, width) resized as torchvision does: uint8 (C, S, S)."""
-    pixels_CHW = torch.from_numpy(decode(encoded).transpose(2, 0, 1).copy())
-    (top, left), (height, width) = anchor.tolist(), window.tolist()
-    return tv.resized_crop(pixels_CHW, top, left, height, width, [size, size], antialias=True)
+def decode_part(encoded: bytes, anchor: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return the window (top, left), (height, width), uint8 (height, width, C). Raises what Pillow raises."""
+    (top, left), (height, width) = anchor, size
+    pixels_HWC = decode(encoded)[top : top + height, left : left + width]
+    if pixels_HWC.shape != (height, width, 3):
+        raise ValueError(f"the window ({top}, {left}), ({height}, {width}) is not inside the image")
+    return torch.from_numpy(pixels_HWC.copy())

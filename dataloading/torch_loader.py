@@ -1,16 +1,13 @@
-"""The reference image path: Pillow and torchvision, one image at a time, under the same contract as the fast paths.
+"""The reference: the same windows and colour factors, given to torchvision's own functions one image at a time.
 
-It takes the same windows and colour factors and gives them to torchvision's own functions. Tests judge the fast paths
-by it; it also serves where DALI is not available.
+Tests judge the fast paths by it; it also serves where neither DALI nor nvImageCodec is available.
 
 Shapes: M windows, C = 3 channels, S side of a crop.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -18,44 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from dataloading import pillow
-from dataloading.augment import AugmentConfig, ColorFactors
-from dataloading.color import kernel_size
-from dataloading.encoded import DecodeFailed
+from dataloading.augment import AugmentConfig, ColorFactors, kernel_size
 from dataloading.plan import Plan
 
 _ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
-
-
-class PillowDecoder:
-    """Decodes with Pillow and resizes with torchvision, in threads."""
-
-    def __init__(self, *, size: int, device: torch.device, num_threads: int) -> None:
-        self._size, self._device = size, device
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode-images")
-        self._batches: deque[list[Future[Tensor]]] = deque()
-
-    def submit(
-        self, encoded: list[NDArray[np.uint8]], anchors_M2: NDArray[np.int64], sizes_M2: NDArray[np.int64]
-    ) -> None:
-        """Start a batch."""
-        windows = zip(encoded, anchors_M2, sizes_M2, strict=True)
-        decode = pillow.decode_crop
-        self._batches.append(
-            [self._threads.submit(decode, e.tobytes(), anchor, size, self._size) for e, anchor, size in windows]
-        )
-
-    def collect(self) -> Tensor:
-        """Return the oldest batch, uint8 (M, C, S, S). Raises DecodeFailed if an image is damaged."""
-        batch = self._batches.popleft()
-        errors = [error for future in batch if (error := future.exception())]
-        if errors:
-            raise DecodeFailed(str(errors[0])) from errors[0]
-        return torch.stack([future.result() for future in batch]).to(self._device)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
 
 
 class ReferenceMemoryCrops:

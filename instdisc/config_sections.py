@@ -51,7 +51,8 @@ class DataConfig:
     max_test_rows: int | None = None
     """Query with the first so many test images only."""
     backend: str = "auto"
-    """"dali", "torch" (torchvision reference) or "auto": DALI for encoded images, batched torch for small ones."""
+    """"auto": batched torch for small images; for encoded ones DALI on a GPU and nvImageCodec, DALI's decoders, on a
+    CPU. "dali", "nvimgcodec" or "torch" (torchvision reference) choose."""
     max_bad_share: float = 0.1
     """Damaged images are replaced and reported; more than this share of the training images ends the run."""
     order: str = "permutation"

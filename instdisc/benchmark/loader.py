@@ -230,7 +230,6 @@ class _Bench:
             offsets=(0, self.benchmark.batch),
             device=self.worker.device,
             num_threads=self.worker.num_threads,
-            backend="dali",
             order=self.benchmark.data.order_config,
         )
         self._stack.callback(loader.close)

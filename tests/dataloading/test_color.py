@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataloading.augment import CONTRAST, HUE, AugmentConfig, ColorFactors, color_factors
-from dataloading.color import augment_colors, kernel_size
+from dataloading import color_batch
+from dataloading.augment import CONTRAST, HUE, AugmentConfig, ColorFactors, color_factors, kernel_size
+from dataloading.color import augment_colors
 from dataloading.torch_loader import reference_colors
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -47,6 +48,20 @@ def test_colors_equal_torchvisions_within_4e_6(config):
     images, factors = images_of(160, 24), factors_of(160, config)
     expected = reference_colors(images.double(), factors, config)
     assert (augment_colors(images.clone(), factors, config) - expected).abs().max() < 4e-6
+
+
+@pytest.mark.parametrize("size", [1, 17, 64, 225])
+@pytest.mark.parametrize("order", [("grayscale", "jitter"), ("jitter", "grayscale")])
+def test_the_compiled_chain_has_the_bits_of_the_batched_one(size, order):
+    """GPUs run the batched chain; the kernels of CPUs are compiled from the same operations."""
+    config = AugmentConfig(
+        jitter=(0.8, 0.8, 0.8, 0.5), order=order, jitter_probability=0.9, blur_probability=0.5,
+        solarize_probability=0.5, **PLAIN,
+    )  # fmt: skip
+    images, factors = images_of(64, size), factors_of(64, config)
+    expected = images.clone()
+    color_batch.augment_colors(expected, factors, config)
+    assert torch.equal(augment_colors(images, factors, config), expected)
 
 
 def test_normalised_images_equal_torchvisions():

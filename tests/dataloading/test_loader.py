@@ -20,7 +20,7 @@ AUGMENT = AugmentConfig(size=32, blur_probability=0.5, solarize_probability=0.2)
 PIXELS_ONLY = AugmentConfig(
     size=32, jitter=(0.0,) * 4, grayscale_probability=0.0, mean=(0.0,) * 3, std=(1.0,) * 3
 )  # fmt: skip
-PATHS = {"memory": pixel_dataset(43, 32, 32), "dali": encoded_dataset(FILES)}
+PATHS = {"memory": pixel_dataset(43, 32, 32), "dali": encoded_dataset(FILES), "nvimgcodec": encoded_dataset(FILES)}
 
 
 def batches_of(
@@ -32,8 +32,10 @@ def batches_of(
     global_batch: int = 12,
     offsets: tuple[int, int] | None = None,
     num_threads: int = 2,
-    backend: str = "auto",
+    backend: str | None = None,
 ) -> list[Batch]:
+    if backend is None:
+        backend = next((name for name, known in PATHS.items() if known is dataset), "auto")
     loader = make_loader(
         dataset,
         augment,
@@ -101,7 +103,9 @@ def test_a_restart_at_a_later_step_continues_the_stream(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_one_loader_starts_anew_at_another_step(path):
-    loader = make_loader(PATHS[path], AUGMENT, seed=1, global_batch=12, offsets=(0, 12), device="cpu", num_threads=2)
+    loader = make_loader(
+        PATHS[path], AUGMENT, seed=1, global_batch=12, offsets=(0, 12), device="cpu", num_threads=2, backend=path
+    )
     first = loader.batches(0)
     expected = [next(first) for _ in range(3)]
     assert_same(list(islice(loader.batches(1), 2)), expected[1:])
@@ -143,11 +147,20 @@ def test_dali_equals_the_torchvision_reference_within_half_a_level_on_average():
         assert (a.images_BCHW - b.images_BCHW).abs().mean(dim=(1, 2, 3)).max() * 255.0 < 0.5
 
 
+def test_nvimgcodec_equals_the_torchvision_reference():
+    ours = batches_of(PATHS["nvimgcodec"], 8)
+    reference = batches_of(PATHS["nvimgcodec"], 8, backend="torch")
+    for a, b in zip(ours, reference, strict=True):
+        assert torch.equal(a.indices_B, b.indices_B)
+        differs = (a.images_BCHW - b.images_BCHW).abs() > 3e-5
+        assert differs.float().mean() < 1e-4  # where solarise meets its threshold
+
+
 HALF = FILES[20][: len(FILES[20]) // 2]
 DAMAGE = {20: HALF, 21: b"no image at all", 22: b"", 40: FILES[39]}
 
 
-@pytest.mark.parametrize("backend", ["dali", "torch"])
+@pytest.mark.parametrize("backend", ["nvimgcodec", "dali", "torch"])
 def test_damaged_images_are_replaced_and_all_others_keep_their_bits(backend):
     damaged = encoded_dataset(FILES, DAMAGE, bad=(5,))
     found = batches_of(damaged, 11, augment=PIXELS_ONLY, backend=backend)
@@ -286,22 +299,30 @@ def test_an_impossible_loader_is_refused(wrong, message):
         batches_of(PATHS["dali"], 1, **wrong)
 
 
-def test_only_formats_whose_broken_files_are_harmless_reach_the_decoder(monkeypatch):
-    """Images that fail can end DALI's whole process: formats of fuzzers and images that are cut off go to Pillow."""
-    from dataloading import dali_pipeline
+@pytest.mark.parametrize("backend", ["nvimgcodec", "dali"])
+def test_only_formats_whose_broken_files_are_harmless_reach_fast_decoders(backend, monkeypatch):
+    """Hostile files of the other formats can end the process: they go to Pillow."""
+    from dataloading import dali_pipeline, nvimgcodec_decoder
 
     kinds = ["JPEG", "TIFF", "PNG", "PPM", "WEBP", "BMP", "JPEG2000"]
     files = [encode(picture(40, 50, number), kind) for number, kind in enumerate(kinds)]
-    seen, submit = set(), dali_pipeline.DaliDecoder.submit
+    seen = set()
+    run, decode_part = dali_pipeline.Pipeline.feed_input, nvimgcodec_decoder.decode_part
 
-    def spy(self, encoded, anchors_M2, sizes_M2):
-        seen.update(Image.open(io.BytesIO(image.tobytes())).format for image in encoded)
-        submit(self, encoded, anchors_M2, sizes_M2)
+    def spy_dali(self, name, data):
+        if name == "encoded":
+            seen.update(Image.open(io.BytesIO(image.tobytes())).format for image in data)
+        run(self, name, data)
 
-    monkeypatch.setattr(dali_pipeline.DaliDecoder, "submit", spy)
+    def spy(window):
+        seen.add(Image.open(io.BytesIO(window.encoded)).format)
+        return decode_part(window)
+
+    monkeypatch.setattr(dali_pipeline.Pipeline, "feed_input", spy_dali)
+    monkeypatch.setattr(nvimgcodec_decoder, "decode_part", spy)
     loader = make_loader(
         encoded_dataset(files), AugmentConfig(size=32), seed=0, global_batch=7, offsets=(0, 7), device="cpu",
-        num_threads=1, backend="dali",
+        num_threads=1, backend=backend,
     )  # fmt: skip
     batch = next(loader.batches(0))
     loader.close()

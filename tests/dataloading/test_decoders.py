@@ -1,0 +1,137 @@
+"""The decoders by themselves: pixels against Pillow and torchvision, failures, order."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from made_images import encode, odd_sized_jpegs, picture
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from dataloading import pillow
+from dataloading.dali_pipeline import DaliDecoder
+from dataloading.encoded import Window
+from dataloading.image_decoder import ImageDecoder
+from dataloading.nvimgcodec_decoder import decode_part
+
+CPU = torch.device("cpu")
+SIXTEEN_BITS = np.asarray(picture(64, 80, 7).convert("L")).astype(np.uint16) * 257
+ROTATED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+
+
+BAD = b"no image"
+
+
+def open_decoder(kind: str, max_windows: int, num_threads: int) -> DaliDecoder | ImageDecoder:
+    if kind == "dali":
+        return DaliDecoder(size=48, max_windows=max_windows, device=CPU, num_threads=num_threads)
+    fast = decode_part if kind == "nvimgcodec" else None
+    return ImageDecoder(fast, size=48, device=CPU, num_threads=num_threads)
+
+
+@pytest.fixture(scope="module", params=["dali", "nvimgcodec", "pillow"])
+def decoder(request):
+    decoder = open_decoder(request.param, 16, 2)
+    yield decoder
+    decoder.close()
+
+
+@pytest.fixture
+def kind(decoder):
+    return "dali" if isinstance(decoder, DaliDecoder) else "nvimgcodec" if decoder._fast else "pillow"
+
+
+def windows_in(files: list[bytes]) -> list[Window]:
+    """Return a window of each file that is an image."""
+    windows = []
+    for number, file in enumerate(files):
+        if file == BAD:
+            windows.append(Window(BAD, (0, 0), (9, 9), is_plain=True))
+            continue
+        with Image.open(io.BytesIO(file)) as image:
+            height, width = image.height, image.width
+            is_plain = pillow.is_plain(file, image.format or "")
+        top, left = height // 5, width // 3
+        windows.append(Window(file, (top, left), (height - top - number % 7, width - left - number % 7), is_plain))
+    return windows
+
+
+def expected_crop(window: Window) -> torch.Tensor:
+    """Return torchvision's crop of Pillow's pixels."""
+    pixels_HWC = pillow.decode(window.encoded)
+    pixels_CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
+    return tv.resized_crop(pixels_CHW, *window.anchor, *window.size, [48, 48], antialias=True)
+
+
+def all_of(decoder, windows: list[Window]) -> torch.Tensor:
+    decoder.submit(windows)
+    decoded = decoder.collect()
+    assert decoded.reasons == {}
+    return decoded.crops
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(encode(picture(375, 500, 1)), id="jpeg"),
+        pytest.param(encode(picture(61, 83, 2), subsampling=0), id="jpeg 4:4:4"),
+        pytest.param(encode(picture(61, 83, 3), progressive=True), id="progressive"),
+        pytest.param(encode(picture(61, 83, 4).convert("L")), id="grayscale"),
+        pytest.param(encode(picture(61, 83, 5).convert("CMYK")), id="CMYK"),
+        pytest.param(encode(picture(61, 83, 6), "PNG"), id="PNG"),
+        pytest.param(encode(picture(61, 83, 7).convert("RGBA"), "PNG"), id="PNG with alpha"),
+        pytest.param(encode(picture(61, 83, 8).convert("P"), "PNG"), id="PNG with palette"),
+        pytest.param(encode(picture(61, 83, 8).convert("P"), "PNG", transparency=b"\0\x80"), id="transparent palette"),
+        pytest.param(encode(Image.fromarray(SIXTEEN_BITS), "PNG"), id="PNG of 16 bits"),
+        pytest.param(encode(picture(61, 83, 9), "WEBP"), id="WebP"),
+        pytest.param(encode(picture(61, 83, 10), "BMP"), id="BMP"),
+        pytest.param(encode(picture(61, 83, 11), exif=ROTATED), id="EXIF rotation"),
+    ],
+)  # fmt: skip
+def test_crops_equal_torchvisions_of_pillows_pixels(decoder, kind, file):
+    (window,) = windows_in([file])
+    error = (all_of(decoder, [window])[0].float() - expected_crop(window).float()).abs()
+    if kind == "dali":
+        assert error.mean() < 0.5
+        # At the border of the window DALI repeats the last pixel where Pillow shortens the filter.
+        assert error[:, 1:-1, 1:-1].max() <= 3.0
+    elif Image.open(io.BytesIO(file)).mode == "CMYK":
+        assert error.max() <= 1.0  # how inks become colours is rounded differently
+    else:
+        assert error.max() == 0.0
+
+
+def test_crops_do_not_depend_on_batch_size_or_threads(decoder, kind):
+    windows = windows_in(odd_sized_jpegs(16))
+    together = all_of(decoder, windows)
+    one_thread = open_decoder(kind, 5, 1)
+    for start in range(0, 16, 5):
+        part = slice(start, start + 5)
+        assert torch.equal(all_of(one_thread, windows[part]), together[part])
+    one_thread.close()
+
+
+def test_a_damaged_image_fails_alone(decoder):
+    files = odd_sized_jpegs(9)
+    windows = windows_in([*files[:4], BAD, *files[5:]])
+    windows[7] = Window(b"", (0, 0), (9, 9), reason="cannot be read")
+    for start in (0, 3, 6):
+        decoder.submit(windows[start : start + 3])
+    found = [decoder.collect() for _ in range(3)]
+    assert found[0].reasons == {}
+    assert list(found[1].reasons) == [1]
+    assert "cannot be decoded" in found[1].reasons[1]
+    assert found[2].reasons == {1: "cannot be read"}
+    good = [m for m in range(9) if m not in (4, 7)]
+    crops = torch.cat([decoded.crops for decoded in found])
+    assert torch.equal(crops[good], all_of(decoder, [windows[m] for m in good]))
+
+
+def test_collected_crops_are_not_overwritten_by_later_batches(decoder):
+    windows = windows_in(odd_sized_jpegs(12))
+    kept = all_of(decoder, windows[:4])
+    copy = kept.clone()
+    for _ in range(20):
+        all_of(decoder, windows[4:8])
+    assert torch.equal(kept, copy)
