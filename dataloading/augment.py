@@ -9,7 +9,7 @@ Shapes: B samples, 2 (vertical, horizontal), 4 (brightness, contrast, saturation
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import permutations
 from math import log
 
@@ -24,6 +24,8 @@ GRAY = (0.2989, 0.587, 0.114)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+FIRST_LOCAL_VIEW = 128
+"""Local views are numbered from here, so that their numbers do not depend on how many other views there are."""
 _ATTEMPTS = 10
 _ORDERS_24_4 = np.array(list(permutations(range(4))), dtype=np.int64)
 
@@ -61,14 +63,22 @@ class AugmentConfig:
     """Standard deviation of red, green and blue, by which the result is divided."""
     num_views: int = 1
     """Independent views per image. NPID, PIC and IDFD: 1."""
+    num_local_views: int = 0
+    """Further views per image, smaller ones of smaller parts (multi-crop). NPID: none; SwAV: 6."""
+    local_size: int = 96
+    """Side of the local views in pixels. SwAV."""
+    local_scale: tuple[float, float] = (0.05, 0.14)
+    """Range of a local view's share of the image area. SwAV."""
 
     def __post_init__(self) -> None:
         probabilities = [f.name for f in fields(self) if f.name.endswith("_probability")]
         for name in probabilities:
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "a number from 0 to 1")
         _check("size", self.size, self.size >= 1, "at least 1 pixel")
-        low, high = self.scale
-        _check("scale", self.scale, 0.0 < low <= high <= 1.0, "0 < low <= high <= 1")
+        _check("local_size", self.local_size, self.local_size >= 1, "at least 1 pixel")
+        for name in ("scale", "local_scale"):
+            low, high = getattr(self, name)
+            _check(name, getattr(self, name), 0.0 < low <= high <= 1.0, "0 < low <= high <= 1")
         low, high = self.ratio
         _check("ratio", self.ratio, 0.0 < low <= high, "0 < low <= high")
         jitter_is_valid = len(self.jitter) == 4 and min(self.jitter) >= 0.0 and self.jitter[HUE] <= 0.5
@@ -79,7 +89,15 @@ class AugmentConfig:
         _check("blur_sigma", self.blur_sigma, 0.0 < low <= high, "0 < low <= high")
         _check("mean", self.mean, len(self.mean) == 3, "three numbers")
         _check("std", self.std, len(self.std) == 3 and min(self.std) > 0.0, "three numbers above 0")
-        _check("num_views", self.num_views, 1 <= self.num_views <= 256, "1 to 256")
+        _check("num_views", self.num_views, 1 <= self.num_views <= 128, "1 to 128")
+        _check("num_local_views", self.num_local_views, 0 <= self.num_local_views <= 128, "0 to 128")
+
+    @property
+    def local(self) -> AugmentConfig:
+        """How the local views are made, where there are any: as the others but for number, size and scale."""
+        return replace(
+            self, size=self.local_size, scale=self.local_scale, num_views=self.num_local_views, num_local_views=0
+        )
 
 
 @dataclass(frozen=True)

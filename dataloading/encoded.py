@@ -131,36 +131,33 @@ class EncodedCrops:
         self._decoder.close()
 
     def _start_reading(self, plan: Plan) -> list[Future[list[_Read]]]:
-        parts = (
-            range(start, min(start + self._read_together, plan.num_windows))
-            for start in range(0, plan.num_windows, self._read_together)
-        )
-        return [self._readers.submit(lambda part: [self._load(plan, m) for m in part], part) for part in parts]
+        # Several views of an image need it once.
+        rows, together = list(dict.fromkeys(plan.sources_M.tolist())), self._read_together
+        parts = [rows[start : start + together] for start in range(0, len(rows), together)]
+        return [self._readers.submit(lambda part: [self._load(row) for row in part], part) for part in parts]
 
-    def _load(self, plan: Plan, window: int) -> _Read:
+    def _load(self, row: int) -> _Read:
         """Read an image and check its header; never raises for what is wrong with the image. Called in threads."""
-        row, anchor, size = int(plan.sources_M[window]), plan.anchors_M2[window], plan.sizes_M2[window]
-        where = (int(anchor[0]), int(anchor[1])), (int(size[0]), int(size[1]))
         try:
             encoded = self._read(row)
             header = pillow.read_header(encoded)
         except OSError as error:
-            return _Read(Window(b"", *where, reason=f"cannot be read: {error}"), error)
+            return _Read(row, reason=f"cannot be read: {error}", error=error)
         except ValueError as error:
-            return _Read(Window(b"", *where, reason=str(error)))
+            return _Read(row, reason=str(error))
         listed = (int(self._index.heights_N[row]), int(self._index.widths_N[row]))
         if (header.height, header.width) != listed:
             found = f"{header.width} x {header.height} pixels, the index says {listed[1]} x {listed[0]}"
-            return _Read(Window(b"", *where, reason=f"changed since it was indexed: {found}"))
-        is_plain = pillow.is_plain(encoded, header.format)
-        return _Read(Window(encoded, *where, is_plain, self._damaged.is_recorded(row)))
+            return _Read(row, reason=f"changed since it was indexed: {found}")
+        return _Read(row, encoded, pillow.is_plain(encoded, header.format), self._damaged.is_recorded(row))
 
     def _submit(self, plan: Plan, read: list[_Read]) -> None:
         unread = [one.error for one in read if one.error]
         if len(unread) == len(read) > 1:
             # One missing file is damage; a whole batch of them is storage that is gone, and no reason to go on.
             raise unread[0]
-        self._decoder.submit([one.window for one in read])
+        of_row = {one.row: one for one in read}
+        self._decoder.submit([of_row[row].window(plan, m) for m, row in enumerate(plan.sources_M.tolist())])
         self._in_decoder.append(_Job(plan))
 
     def _collect(self, job: _Job) -> Decoded:
@@ -186,7 +183,8 @@ class EncodedCrops:
             plan = replaced
             # The decoder answers in order, so what it was given before comes first.
             self._collect_all()
-            self._decoder.submit([self._load(plan, window).window for window in changed])
+            of_row = {row: self._load(row) for row in dict.fromkeys(plan.sources_M[changed].tolist())}
+            self._decoder.submit([of_row[int(plan.sources_M[m])].window(plan, m) for m in changed])
             again = self._decoder.collect()
             crops[torch.tensor(changed, device=crops.device)] = again.crops
             reasons = {changed[window]: reason for window, reason in again.reasons.items()}
@@ -195,7 +193,15 @@ class EncodedCrops:
 
 @dataclass(frozen=True)
 class _Read:
-    """An image that was read, or that could not be."""
+    """An image that was read, or the reason why it could not be."""
 
-    window: Window
+    row: int
+    encoded: bytes = b""
+    is_plain: bool = False
+    failed_before: bool = False
+    reason: str = ""
     error: OSError | None = None
+
+    def window(self, plan: Plan, window: int) -> Window:
+        (top, left), (height, width) = plan.anchors_M2[window].tolist(), plan.sizes_M2[window].tolist()
+        return Window(self.encoded, (top, left), (height, width), self.is_plain, self.failed_before, self.reason)

@@ -4,22 +4,24 @@ Four image paths stand behind one contract: small images that lie in memory are 
 (`memory`), encoded images go through DALI (`dali`, for GPUs) or nvImageCodec, the decoders inside DALI (`nvimgcodec`,
 for CPUs), and torchvision is the slow reference for all (`torch`).
 
-Shapes: B samples of this rank, V views, C = 3 channels, S side of a view, G global batch, N rows.
+Shapes: B samples of this rank, V views, L local views, C = 3 channels, S side of a view, s side of a local view,
+G global batch, N rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import count, repeat
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dataloading.augment import AugmentConfig
+from dataloading.augment import FIRST_LOCAL_VIEW, AugmentConfig
 from dataloading.choices import BACKENDS
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
@@ -30,12 +32,14 @@ from dataloading.image_decoder import ImageDecoder
 from dataloading.order import OrderConfig, StepRows, make_order
 from dataloading.plan import EvalPlanner, Plan, Planner, TrainPlanner
 from dataloading.shard_reader import RemoteShards, ShardReader
+from dataloading.shared_reads import SharedReads
 
 if TYPE_CHECKING:
     from dataloading.index import Dataset
 
 
 _READ_TOGETHER, _REMOTE_READERS = 16, 32
+_BATCHES_SHARED = 8
 _NVIDIA = ("dali", "nvimgcodec")
 
 
@@ -49,6 +53,8 @@ class Batch:
     """Dataset row numbers, int64, on the CPU."""
     valid_B: Tensor
     """bool, on the CPU. False: the image is damaged and shows another; no loss, no write to the bank."""
+    local_images_LBCss: Tensor | None = None
+    """As images_BCHW, (L, B, C, s, s): the smaller views of multi-crop, None where there are none."""
 
     @property
     def images_VBCHW(self) -> Tensor:
@@ -71,24 +77,41 @@ class Crops(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Views:
+    """The views of one size: how they are planned, cropped and finished."""
+
+    planner: Planner
+    crops: Crops
+    finisher: Finisher
+
+    def images(self, steps: Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> Iterator[tuple[Plan, Tensor]]:
+        """Yield, for the rows and visits of each step, the plan as carried out and images, (V, B, C, S, S)."""
+        plans = (self.planner.plan(rows_B, visits_B) for rows_B, visits_B in steps)
+        for plan, images in self.finisher.images(self.crops.crops(plans)):
+            yield plan, images.view(-1, len(plan.rows_B), *images.shape[1:])
+
+    def close(self) -> None:
+        """End threads and free memory."""
+        self.crops.close()
+        self.finisher.close()
+
+
 class Loader:
     """An endless source of one rank's batches; made once per run by `make_loader`."""
 
     def __init__(
         self,
-        crops: Crops | None,
+        views: Sequence[Views],
         empty: Batch,
-        finisher: Finisher,
-        planner: Planner,
         damaged: DamagedRows,
         *,
         step_rows: StepRows,
-        num_views: int,
         downloads: ShardDownloads | None = None,
     ) -> None:
-        self._crops, self._empty, self._finisher = crops, empty, finisher
-        self._planner, self._damaged = planner, damaged
-        self._step_rows, self._num_views, self._downloads = step_rows, num_views, downloads
+        """views: those of `images_BCHW` and, if there are any, the local ones; nothing for a rank without samples."""
+        self._views, self._empty, self._damaged = views, empty, damaged
+        self._step_rows, self._downloads = step_rows, downloads
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yield this rank's batch of step start_step, start_step + 1, and so on without end.
@@ -96,26 +119,29 @@ class Loader:
         A new call starts anew at its step and ends iterators of earlier calls. Raises ValueError if no image of the
         dataset can be decoded, OSError if the storage fails.
         """
-        if self._crops is None:
+        if not self._views:
             yield from repeat(self._empty)
             return
         if self._downloads is not None:
             self._downloads.start(start_step)
-        finished = self._finisher.images(self._crops.crops(self._plans(start_step)))
-        for step, (plan, images) in enumerate(finished, start_step):
+        images = [views.images(self._steps(start_step)) for views in self._views]
+        for step, ((plan, images_VBCSS), *local) in enumerate(zip(*images, strict=True), start_step):
             if self._downloads is not None:
                 self._downloads.advance(step)
-            if self._num_views > 1:
-                images = images.view(self._num_views, len(plan.rows_B), *images.shape[1:])
-            yield _batch(plan, images)
+            yield Batch(
+                images_VBCSS if len(images_VBCSS) > 1 else images_VBCSS[0],
+                torch.from_numpy(plan.rows_B),
+                # An image may decode in one window and not in another.
+                torch.from_numpy(np.logical_and.reduce([plan.valid_B, *(plan.valid_B for plan, _ in local)])),
+                local[0][1] if local else None,
+            )
 
     def close(self) -> None:
         """End the threads of the loader. It yields nothing afterwards."""
         if self._downloads is not None:
             self._downloads.close()
-        if self._crops is not None:
-            self._crops.close()
-        self._finisher.close()
+        for views in self._views:
+            views.close()
 
     def failed_rows(self, start: int = 0) -> list[BadRow]:
         """Return the rows whose images failed so far, in the order in which they did, without the first `start`.
@@ -124,11 +150,11 @@ class Loader:
         """
         return self._damaged.found(start)
 
-    def _plans(self, start_step: int) -> Iterator[Plan]:
+    def _steps(self, start_step: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         for step in count(start_step):
             if self._downloads is not None:
                 self._downloads.read_ahead(step)
-            yield self._planner.plan(self._step_rows.rows(step), self._step_rows.visits(step))
+            yield self._step_rows.rows(step), self._step_rows.visits(step)
 
 
 def make_loader(
@@ -154,28 +180,40 @@ def make_loader(
     if not 0 <= start <= stop <= global_batch:
         raise ValueError(f"offsets: found {offsets}, expected 0 <= start <= stop <= global batch {global_batch}")
     device = torch.device(device)
-    views = (augment.num_views,) if augment.num_views > 1 else ()
-    no_images = torch.empty((*views, 0, 3, augment.size, augment.size), device=device)
-    empty = Batch(no_images, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool))
     damaged = DamagedRows(dataset.index)
-    planner = TrainPlanner(dataset.index, damaged, augment, seed)
-    crops, is_reference = None, False
-    if num_windows := (stop - start) * augment.num_views:
+    sizes, shown = [(augment, 0)], dataset
+    if augment.num_local_views:
+        sizes.append((augment.local, FIRST_LOCAL_VIEW))
+        if dataset.read is not None and getattr(dataset.read, "is_remote", False):
+            shown = replace(dataset, read=SharedReads(dataset.read, _BATCHES_SHARED * (stop - start)))
+    views = []
+    for config, first_view in sizes if start < stop else ():
+        planner = TrainPlanner(dataset.index, damaged, config, seed, first_view)
+        num_windows = (stop - start) * config.num_views
         crops, is_reference = _open_crops(
-            dataset, planner, damaged, augment.size, num_windows, device, num_threads, backend
+            shown, planner, damaged, config.size, num_windows, device, num_threads, backend
         )
+        finish = Reference(config) if is_reference else Augmented(config)
+        views.append(Views(planner, crops, Finisher(finish, num_threads)))
 
     chosen = make_order(dataset, order or OrderConfig(), seed=seed, global_batch=global_batch)
     return Loader(
-        crops,
-        empty,
-        Finisher(Reference(augment) if is_reference else Augmented(augment), num_threads),
-        planner,
+        views,
+        _empty_batch(augment, device),
         damaged,
         step_rows=StepRows(chosen, global_batch, offsets),
-        num_views=augment.num_views,
-        downloads=_downloads(dataset, order, seed, global_batch, offsets) if crops is not None else None,
+        downloads=_downloads(dataset, order, seed, global_batch, offsets) if views else None,
     )
+
+
+def _empty_batch(augment: AugmentConfig, device: torch.device) -> Batch:
+    """Return the batch of a rank without samples."""
+    views = (augment.num_views,) if augment.num_views > 1 else ()
+    images = torch.empty((*views, 0, 3, augment.size, augment.size), device=device)
+    local = None
+    if augment.num_local_views:
+        local = torch.empty((augment.num_local_views, 0, 3, augment.local_size, augment.local_size), device=device)
+    return Batch(images, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool), local)
 
 
 def _downloads(
@@ -219,7 +257,7 @@ def eval_batches(
     try:
         planned = (planner.plan(part, np.zeros_like(part)) for part in parts)
         for plan, images_BCHW in finisher.images(crops.crops(planned)):
-            yield _batch(plan, images_BCHW)
+            yield Batch(images_BCHW, torch.from_numpy(plan.rows_B), torch.from_numpy(plan.valid_B))
     finally:
         crops.close()
         finisher.close()
@@ -279,7 +317,3 @@ def _open_decoder(backend: str, size: int, num_windows: int, device: torch.devic
     if backend == "nvimgcodec":
         from dataloading.nvimgcodec_decoder import decode_part as fast
     return ImageDecoder(fast, size=size, device=device, num_threads=num_threads)
-
-
-def _batch(plan: Plan, images: Tensor) -> Batch:
-    return Batch(images, torch.from_numpy(plan.rows_B), torch.from_numpy(plan.valid_B))

@@ -57,14 +57,18 @@ class Planner(Protocol):
 class TrainPlanner:
     """Random windows and colours. The numbers are those of the row itself even where another row stands in for it."""
 
-    def __init__(self, index: DatasetIndex, damaged: DamagedRows, augment: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self, index: DatasetIndex, damaged: DamagedRows, augment: AugmentConfig, seed: int, first_view: int = 0
+    ) -> None:
+        """first_view: number of the first of the views, which decides its random numbers."""
         self._index, self._damaged, self._augment, self._seed = index, damaged, augment, seed
+        self._views = range(first_view, first_view + augment.num_views)
 
     def plan(self, rows_B: NDArray[np.int64], visits_B: NDArray[np.int64], failed: Failed = _NONE) -> Plan:
         augment, stand_ins_B = self._augment, self._damaged.stand_ins(rows_B, failed)
         heights_B, widths_B = self._index.heights_N[stand_ins_B], self._index.widths_N[stand_ins_B]
         windows, factors = [], []
-        for view in range(augment.num_views):
+        for view in self._views:
             where = (self._seed, visits_B, rows_B, heights_B, widths_B)
             windows.append(crop_windows(*where, view=view, scale=augment.scale, ratio=augment.ratio))
             factors.append(color_factors(self._seed, visits_B, rows_B, view=view, config=augment))

@@ -64,6 +64,12 @@ class TrainConfig:
                 self.augment.num_views == 1,
                 "1: these objectives use one view",
             ),
+            (
+                "augment.num_local_views",
+                self.augment.num_local_views,
+                self.augment.num_local_views == 0,
+                "0: these objectives use one view",
+            ),
         )
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> TrainConfig:

@@ -1,6 +1,7 @@
 """The loader's contract, on every image path."""
 
 import io
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from dataloading import headers, stream
-from dataloading.augment import AugmentConfig
+from dataloading.augment import AugmentConfig, crop_windows
 from dataloading.index import Dataset
 from dataloading.loader import Batch, eval_batches, make_loader
 
@@ -129,6 +130,73 @@ def test_the_first_of_several_views_is_the_view_of_one(path):
         assert double.images_VBCHW.shape == (2, 12, 3, 32, 32)
         assert torch.equal(double.images_VBCHW[0], single.images_BCHW)
         assert not torch.equal(double.images_VBCHW[1], single.images_BCHW)
+
+
+MULTI_CROP = AugmentConfig(
+    size=32, num_views=2, num_local_views=3, local_size=16, local_scale=(0.05, 0.3), jitter=(0.0,) * 4,
+    grayscale_probability=0.0, mean=(0.0,) * 3, std=(1.0,) * 3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_multi_crop_adds_smaller_views_and_leaves_the_others_as_they_are(path):
+    without = batches_of(PATHS[path], 3, augment=replace(MULTI_CROP, num_local_views=0))
+    found = batches_of(PATHS[path], 3, augment=MULTI_CROP)
+    one_more = batches_of(PATHS[path], 3, augment=replace(MULTI_CROP, num_views=1, num_local_views=4))
+    for batch, plain, more in zip(found, without, one_more, strict=True):
+        assert plain.local_images_LBCss is None
+        assert torch.equal(batch.images_BCHW, plain.images_BCHW)
+        local = batch.local_images_LBCss
+        assert local is not None
+        assert local.shape == (3, 12, 3, 16, 16)
+        assert more.local_images_LBCss is not None
+        assert torch.equal(more.local_images_LBCss[:3], local)
+        assert len({view.numpy().tobytes() for view in local}) == 3
+    (nobody,) = batches_of(PATHS[path], 1, augment=MULTI_CROP, offsets=(7, 7))
+    assert nobody.local_images_LBCss is not None
+    assert nobody.local_images_LBCss.shape == (3, 0, 3, 16, 16)
+
+
+def test_local_views_show_what_torchvision_crops():
+    """Against the same windows, cut out by torchvision."""
+    (batch,) = batches_of(PATHS["nvimgcodec"], 1, augment=replace(MULTI_CROP, flip_probability=0.0))
+    assert batch.local_images_LBCss is not None
+    index, rows = PATHS["nvimgcodec"].index, batch.indices_B.numpy()
+    sizes = index.heights_N[rows], index.widths_N[rows]
+    for view, images in enumerate(batch.local_images_LBCss):
+        windows = crop_windows(
+            1, np.zeros(12, dtype=np.int64), rows, *sizes, view=128 + view, scale=(0.05, 0.3), ratio=MULTI_CROP.ratio
+        )
+        for row, image, anchor, size in zip(rows, images, *windows, strict=True):
+            pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(FILES[row])).convert("RGB"))).permute(2, 0, 1)
+            expected = tv.resized_crop(pixels, *anchor.tolist(), *size.tolist(), [16, 16], antialias=True)
+            assert torch.equal((image * 255.0).round().to(torch.uint8), expected)
+
+
+def test_an_image_that_fails_is_invalid_in_all_its_views():
+    damaged = encoded_dataset(FILES, DAMAGE)
+    for batch in batches_of(damaged, 8, augment=MULTI_CROP):
+        assert torch.equal(~batch.valid_B, torch.isin(batch.indices_B, torch.tensor(list(DAMAGE))))
+        assert batch.local_images_LBCss is not None
+
+
+def test_views_of_one_image_share_a_read():
+    reads = []
+
+    class Far:
+        is_remote = True
+
+        def __call__(self, row: int) -> bytes:
+            reads.append(row)
+            return FILES[row]
+
+    loader = make_loader(
+        Dataset(PATHS["dali"].index, None, Far()), MULTI_CROP, seed=1, global_batch=43, offsets=(0, 43), device="cpu",
+        num_threads=2,
+    )  # fmt: skip
+    list(islice(loader.batches(0), 5))
+    loader.close()
+    assert max(np.bincount(reads)) <= len(reads) // 43 + 1
 
 
 def test_memory_equals_the_torchvision_reference():

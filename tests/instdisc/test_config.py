@@ -85,6 +85,7 @@ def test_an_override_that_does_not_fit_is_refused_with_advice(name, text, messag
         ({"eval.crop": 300}, "1 to eval.resize"),
         ({"seed": -1}, "seed"),
         ({"augment.num_views": 2}, "one view"),
+        ({"augment.num_local_views": 6}, "one view"),
         ({"augment.scale": (0.5, 0.1)}, "scale"),
     ],
 )
