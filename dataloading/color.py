@@ -9,7 +9,6 @@ Shapes: B samples, C = 3 channels (red, green, blue), H x W pixels. Images are f
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dataloading import color_batch, color_kernels
@@ -41,8 +40,10 @@ def augment_colors(crops_BCHW: Tensor, factors: ColorFactors, config: AugmentCon
 
 def normalize(images_BCHW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """Subtract the mean and divide by the standard deviation of each channel, in place. Contiguous."""
+    assert images_BCHW.is_contiguous(), "images that are not contiguous"
     if images_BCHW.device.type == "cpu":
         color_kernels.normalize(images_BCHW.numpy(), np.array(mean, dtype=np.float32), np.array(std, dtype=np.float32))
-        return images_BCHW
-    mean_C11, std_C11 = (torch.tensor(values, device=images_BCHW.device).view(3, 1, 1) for values in (mean, std))
-    return images_BCHW.sub_(mean_C11).div_(std_C11)
+    else:
+        for channel in range(3):
+            images_BCHW[:, channel].sub_(mean[channel]).div_(std[channel])
+    return images_BCHW

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataloading import pillow
+from dataloading.dali_self_test import may_decode_regions
 from dataloading.encoded import Decoded, Window
 from dataloading.resize import resize_into
 
@@ -49,7 +50,8 @@ class DaliDecoder:
 
     def __init__(self, *, size: int, max_windows: int, device: torch.device, num_threads: int) -> None:
         self._size, self._device = size, device
-        self._pipeline = _pipeline(size, max_windows, device, num_threads)
+        regions = device.type == "cpu" or may_decode_regions(device.index or 0)
+        self._pipeline = build_pipeline(size, max_windows, device, num_threads, regions=regions)
         self._batches: deque[_Batch] = deque()
 
     def submit(self, windows: Sequence[Window]) -> None:
@@ -152,7 +154,8 @@ def _one_pixel() -> bytes:
     return file.getvalue()
 
 
-def _pipeline(size: int, max_windows: int, device: torch.device, num_threads: int) -> Pipeline:
+def build_pipeline(size: int, max_windows: int, device: torch.device, num_threads: int, *, regions: bool) -> Pipeline:
+    """Return the pipeline with inputs "encoded", "anchors" and "sizes"; regions: decode windows, not whole images."""
     device_id = None if device.type == "cpu" else device.index or 0
     # Depth 1: the first schedule_run would otherwise ask for as many batches as the queue is deep. More than one batch
     # can be in flight all the same.
@@ -163,13 +166,13 @@ def _pipeline(size: int, max_windows: int, device: torch.device, num_threads: in
         sizes = fn.external_source(name="sizes", dtype=DALIDataType.INT32, ndim=1)
         window = {"start": anchors, "shape": sizes, "axis_names": "HW"}
         decode = {"output_type": DALIImageType.RGB, "adjust_orientation": False}
-        if device_id is None:
+        if device_id is not None:
+            # The hardware decoder's pixels differ from the software's, and who decodes would depend on the batch.
+            decode |= {"device": "mixed", "hw_decoder_load": 0.0}
+        if regions:
             windows = fn.decoders.image_slice(encoded, **window, **decode)
         else:
-            # Region decoding on the GPU fails on some of nvImageCodec 0.9 (nvImageCodec#55). The hardware decoder's
-            # pixels differ from the software's, and who decodes an image would depend on its batch.
-            images = fn.decoders.image(encoded, device="mixed", hw_decoder_load=0.0, **decode)
-            windows = fn.slice(images, **window)
+            windows = fn.slice(fn.decoders.image(encoded, **decode), **window)
         crops = fn.resize(windows, size=[size, size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
         pipeline.set_outputs(crops)
     pipeline.build()

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dataloading import headers
+from dataloading import headers, jpeg
 
-_JPEG_END, _PNG_END = b"\xff\xd9", b"IEND"
+_PNG_END = b"IEND"
 _TAIL_BYTES = 4096
 
 
@@ -55,10 +55,11 @@ def is_plain(encoded: bytes, image_format: str) -> bool:
     no animation.
 
     Hostile TIFF, JPEG 2000, BMP and PPM files end a process in nvImageCodec 0.9; whole JPEG, PNG and WebP files never
-    did, damaged ones included. Images that are cut off are Pillow's because it says what is wrong with them.
+    did, damaged ones included. Images that are damaged in a way that can be seen from outside are Pillow's, because it
+    looks at the whole image and says what is wrong.
     """
     if image_format == "JPEG":
-        return _JPEG_END in encoded[-_TAIL_BYTES:]
+        return jpeg.is_sound(encoded)
     if image_format == "PNG":
         return _PNG_END in encoded[-_TAIL_BYTES:] and b"acTL" not in encoded[:_TAIL_BYTES]
     if image_format == "WEBP":

@@ -51,6 +51,8 @@ def verify(
     rows_of_shard = np.split(order, ends_S[:-1])
     tasks = (_task(manifest, source, number, rows) for number, rows in enumerate(rows_of_shard))
     images = num_bytes = 0
+    if on_progress:
+        on_progress(0, index.num_rows, 0)
     for problems, num_images, size in parallel(verify_shard, tasks):
         yield from problems
         images, num_bytes = images + num_images, num_bytes + size

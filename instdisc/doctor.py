@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from cluster.worker import threads_for
 
 UNTESTED_ON_GPU = (
-    "DALI's mixed (GPU) decoding",
+    "DALI's mixed (GPU) decoding, and the self-test that chooses between windows and whole images",
     "colour augmentation and normalisation of images on CUDA",
     "bfloat16 autocast on CUDA",
     "NCCL collectives of the memory bank and of DDP",
@@ -191,7 +191,9 @@ def dali(probe: subprocess.Popen[str]) -> Finding:
     answer, error = _finish_probe(probe)
     if answer.strip():
         return Finding("DALI import", "works")
-    return Finding("DALI import", "fails", False, f"{error}. data.backend=torch trains without DALI, more slowly")
+    return Finding(
+        "DALI import", "fails", False, f"{error}. Only GPUs need it; there data.backend=nvimgcodec trains without"
+    )
 
 
 def s3(environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -184,3 +184,28 @@ def _width(stream: TextIO) -> int:
 
 def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class ImagesTold:
+    """Tells how far a long work on images came: images, speed and the time to go."""
+
+    def __init__(self, progress: Progress, what: str, done_before: str = "done") -> None:
+        """what: such as "packing train". done_before: what an earlier start did with images that it left."""
+        self._progress, self._what, self._done_before = progress, what, done_before
+        self._start: tuple[float, int, int] | None = None
+
+    def __call__(self, done: int, total: int, num_bytes: int) -> None:
+        """Say that `done` of `total` images are done, and how many bytes that were; first at the start."""
+        now_s = time.monotonic()
+        if self._start is None:
+            self._start = (now_s, done, num_bytes)
+        start_s, first, first_bytes = self._start
+        text = f"{self._what}: {done:,} of {total:,} images"
+        if done > first:
+            spent_s = max(1e-9, now_s - start_s)
+            left = duration((total - done) * spent_s / (done - first))
+            speed = (done - first) / spent_s
+            text += f", {speed:,.0f} images/s, {(num_bytes - first_bytes) / spent_s / 1e6:,.1f} MB/s, {left} left"
+        elif done:
+            text += f" were {self._done_before} before"
+        self._progress.update({"kind": "phase", "text": text})

@@ -116,6 +116,8 @@ class PlainData:
         self._device = device
         self._finish = v2.Compose(_to_floats(augment)) if settings.normalize_batch else None
         images = InstanceImages(dataset, augment, settings)
+        # More workers than cores are tried on purpose.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         self._loader = DataLoader(
             images,
             batch_size=batch_size,

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from dataloading.sources import list_images
     from instdisc.images import storage_of
     from instdisc.launch import absolute
-    from instdisc.progress import Progress
+    from instdisc.progress import ImagesTold, Progress
 
     parallel = _parallel_map(options)
     source, target = (absolute(place) for place in (options.source, options.target))
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
                 shard_mb=options.shard_mb,
                 shuffle=not in_order,
                 keep_bad=options.keep_bad,
-                on_progress=_Told(progress, split),
+                on_progress=ImagesTold(progress, f"packing {split}", "packed"),
             )
         finally:
             progress.close()
@@ -106,31 +106,6 @@ def _parallel_map(options: argparse.Namespace) -> Any:
     from cluster.parallel import ProcessMap
 
     return ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
-
-
-class _Told:
-    """Tells the progress: images, speed and the time to go."""
-
-    def __init__(self, progress: Any, split: str) -> None:
-        self._progress, self._split = progress, split
-        self._start: tuple[float, int, int] | None = None
-
-    def __call__(self, done: int, total: int, num_bytes: int) -> None:
-        from instdisc.progress import duration
-
-        now_s = time.monotonic()
-        if self._start is None:
-            self._start = (now_s, done, num_bytes)
-        start_s, first, first_bytes = self._start
-        text = f"packing {self._split}: {done:,} of {total:,} images"
-        if done > first:
-            spent_s = max(1e-9, now_s - start_s)
-            left = duration((total - done) * spent_s / (done - first))
-            speed = (done - first) / spent_s
-            text += f", {speed:,.0f} images/s, {(num_bytes - first_bytes) / spent_s / 1e6:,.1f} MB/s, {left} left"
-        elif done:
-            text += " were packed before"
-        self._progress.update({"kind": "phase", "text": text})
 
 
 def _as_text(document: dict[str, Any], keep_bad: bool) -> str:

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from dataloading.verify import verify
     from instdisc.images import storage_of
     from instdisc.launch import absolute
-    from instdisc.progress import Progress
+    from instdisc.progress import ImagesTold, Progress
 
     parallel = ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
     started_s, num_images, problems = time.monotonic(), 0, {}
@@ -49,13 +49,8 @@ def run(options: argparse.Namespace) -> int:
                 raise
             continue
         progress = Progress()
-
-        def told(done: int, total: int, num_bytes: int, split: str = split, progress: Progress = progress) -> None:
-            text = f"checking {split}: {done:,} of {total:,} images, {num_bytes / 1e6:,.0f} MB"
-            progress.update({"kind": "phase", "text": text})
-
         try:
-            problems[split] = list(verify(manifest, source, parallel, told))
+            problems[split] = list(verify(manifest, source, parallel, ImagesTold(progress, f"checking {split}")))
         finally:
             progress.close()
         num_images += manifest.index.num_rows

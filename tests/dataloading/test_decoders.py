@@ -1,6 +1,8 @@
 """The decoders by themselves: pixels against Pillow and torchvision, failures, order."""
 
 import io
+import logging
+import sys
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from made_images import encode, odd_sized_jpegs, picture
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
-from dataloading import pillow
-from dataloading.dali_pipeline import DaliDecoder
+from dataloading import dali_pipeline, dali_self_test, jpeg, pillow
+from dataloading.dali_pipeline import DaliDecoder, build_pipeline
+from dataloading.dali_self_test import may_decode_regions
 from dataloading.encoded import Window
 from dataloading.image_decoder import ImageDecoder
 from dataloading.nvimgcodec_decoder import decode_part
@@ -135,3 +138,90 @@ def test_collected_crops_are_not_overwritten_by_later_batches(decoder):
     for _ in range(20):
         all_of(decoder, windows[4:8])
     assert torch.equal(kept, copy)
+
+
+def test_the_self_test_passes_on_the_cpu_and_says_so(caplog):
+    with caplog.at_level(logging.INFO):
+        assert may_decode_regions.__wrapped__(None)
+    assert "self-test passed" in caplog.text
+
+
+def test_region_decoding_that_crashes_leaves_whole_images(caplog, monkeypatch, tmp_path):
+    """As on some GPUs: the process that tries it ends with a segmentation fault."""
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dying))
+    assert not may_decode_regions.__wrapped__(None)
+    assert "DALI decodes whole images on the CPU: region decoding failed its self-test (exit status -11" in caplog.text
+
+
+def test_regions_of_other_pixels_fail_the_self_test(monkeypatch):
+    def build(*arguments, regions):
+        pipeline = build_pipeline(*arguments, regions=regions)
+        if regions:  # windows one pixel off
+            feed = pipeline.feed_input
+            pipeline.feed_input = lambda name, data: feed(name, np.maximum(data - 1, 0) if name == "anchors" else data)
+        return pipeline
+
+    monkeypatch.setattr(dali_pipeline, "build_pipeline", build)
+    monkeypatch.setattr(sys, "argv", ["dali_self_test", "cpu"])
+    with pytest.raises(SystemExit, match="windows have other pixels"):
+        dali_self_test.main()
+
+
+def sound(**options) -> bytes:
+    return encode(picture(120, 160, 3), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}, {"quality": 5}])
+def test_a_whole_jpeg_is_sound(options):
+    assert jpeg.is_sound(sound(**options))
+    assert jpeg.is_sound(sound(**options) + b"trailing bytes")
+    assert jpeg.is_sound(sound(exif=ROTATED, **options))
+
+
+def test_restart_markers_and_padding_are_sound():
+    image = Image.new("RGB", (64, 64), "red")
+    file = io.BytesIO()
+    image.save(file, "JPEG", restart_marker_rows=1)
+    encoded = file.getvalue()
+    assert b"\xff\xd0" in encoded
+    assert jpeg.is_sound(encoded)
+    assert jpeg.is_sound(encoded.replace(b"\xff\xc0", b"\xff\xff\xff\xc0", 1))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_what_is_cut_off_anywhere_is_not_sound(options):
+    whole = sound(**options)
+    assert not any(jpeg.is_sound(whole[:length]) for length in range(len(whole) - 1))
+
+
+@pytest.mark.parametrize("marker", [0xC0, 0xC4, 0xD8, 0xDB, 0xCE, 0x01, 0xDA])
+def test_a_marker_in_mid_scan_is_not_sound(marker):
+    """libjpeg stops there and leaves the rest gray, without a word where the window lies above."""
+    whole = bytearray(sound())
+    place = len(whole) - 300
+    whole[place : place + 2] = bytes([0xFF, marker])
+    assert not jpeg.is_sound(bytes(whole))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_flipped_bytes_are_never_sound_where_pillow_fails(options):
+    """What Pillow refuses must reach Pillow, or fail in the fast decoder too, in every window."""
+    whole, generator = sound(**options), np.random.default_rng(0)
+    num_refused = 0
+    for _ in range(400):
+        damaged = bytearray(whole)
+        for place in generator.integers(2, len(whole), 3):
+            damaged[place] = generator.integers(0, 256)
+        try:
+            header = pillow.read_header(bytes(damaged))
+            pillow.decode(bytes(damaged))
+        except (OSError, ValueError, SyntaxError):
+            num_refused += 1
+            continue_with_pillow = not jpeg.is_sound(bytes(damaged))
+            assert continue_with_pillow or decode_part(Window(bytes(damaged), (0, 0), (8, 8))) is None
+        else:
+            assert header.format == "JPEG"
+    assert num_refused > 20
