@@ -34,6 +34,13 @@ def augment_colors(images_BCHW: Tensor, factors: ColorFactors, config: AugmentCo
     _change(images_BCHW, factors.solarize_B, lambda images, _: torch.where(images >= 0.5, 1.0 - images, images))
 
 
+def normalize(images_BCHW: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of each channel, in place."""
+    for channel in range(3):
+        images_BCHW[:, channel].sub_(mean[channel]).div_(std[channel])
+    return images_BCHW
+
+
 def _change(images_BCHW: Tensor, chosen_B: NDArray[np.bool_], operation) -> None:
     """Replace the chosen images by `operation(images, their numbers)`."""
     chosen = np.flatnonzero(chosen_B)

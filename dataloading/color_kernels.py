@@ -21,6 +21,7 @@ from dataloading.augment import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, Aug
 _f = np.float32
 _RED, _GREEN, _BLUE = (_f(weight) for weight in GRAY)
 _ZERO, _ONE, _TWO, _THREE, _THREE_HALVES, _TINY, _BYTE = (_f(x) for x in (0.0, 1.0, 2.0, 3.0, 1.5, 1e-20, 255.0))
+_NO_BYTES = np.empty((0, 3, 0, 0), dtype=np.uint8)
 _UNIT = 1 << 23
 """A float32 in [1, 2] is a whole number of these parts."""
 
@@ -34,20 +35,21 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(**options)(function)
 
 
-def to_unit_range(bytes_BCHW: NDArray[np.uint8], images_BCHW: NDArray[np.float32]) -> None:
-    """Write bytes / 255 into images. Both contiguous."""
-    _divide(bytes_BCHW.reshape(-1), images_BCHW.reshape(-1))
+def augment_colors(
+    images_BCHW: NDArray[np.float32],
+    factors: ColorFactors,
+    config: AugmentConfig,
+    bytes_BCHW: NDArray[np.uint8] | None = None,
+) -> None:
+    """Flip, jitter and grayscale (in the configured order), blur, solarise and normalise, in place.
 
-
-def augment_colors(images_BCHW: NDArray[np.float32], factors: ColorFactors, config: AugmentConfig) -> None:
-    """Flip, jitter and grayscale (in the configured order), blur and solarise, in place.
-
-    images_BCHW: in [0, 1], contiguous. factors: of the same B.
+    images_BCHW: in [0, 1], contiguous; with bytes_BCHW they are bytes / 255, whatever was there. factors: of B.
     """
     enabled = np.array([strength > 0.0 for strength in config.jitter])
     turns_B1 = factors.factors_B4[:, HUE].astype(np.float64)[:, None]
     shifts_B3 = (6.0 * turns_B1 - np.array([0.0, 2.0, 4.0]) + 3.0) % 6.0 - 3.0
     _augment(
+        _NO_BYTES if bytes_BCHW is None else bytes_BCHW,
         images_BCHW,
         factors.flip_B,
         config.order[0] == "grayscale",
@@ -60,38 +62,59 @@ def augment_colors(images_BCHW: NDArray[np.float32], factors: ColorFactors, conf
         blur_taps(factors.sigma_B, images_BCHW.shape[-1]).astype(np.float32),
         factors.sigma_B > 0.0,
         factors.solarize_B,
+        np.array(config.mean, dtype=np.float32),
+        np.array(config.std, dtype=np.float32),
     )
 
 
-def normalize(images_BCHW: NDArray[np.float32], mean_3: NDArray[np.float32], std_3: NDArray[np.float32]) -> None:
-    """Subtract the mean and divide by the standard deviation of each channel, in place. Contiguous."""
-    num, channels, height, width = images_BCHW.shape
-    _normalize(images_BCHW.reshape(num, channels, height * width), mean_3, std_3)
+def normalize(
+    images_BCHW: NDArray[np.float32],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    bytes_BCHW: NDArray[np.uint8] | None = None,
+) -> None:
+    """Subtract the mean and divide by the standard deviation of each channel, in place; arguments as above."""
+    _normalize(
+        _NO_BYTES if bytes_BCHW is None else bytes_BCHW,
+        images_BCHW,
+        np.array(mean, dtype=np.float32),
+        np.array(std, dtype=np.float32),
+    )
 
 
 @_compiled
-def _divide(bytes_P, images_P):
+def _load(bytes_CHW, image_CHW):
+    bytes_P, image_P = bytes_CHW.reshape(-1), image_CHW.reshape(-1)
     for i in range(len(bytes_P)):
-        images_P[i] = _f(bytes_P[i]) / _BYTE
+        image_P[i] = _f(bytes_P[i]) / _BYTE
 
 
 @_compiled
-def _normalize(images_BCP, mean_3, std_3):
-    for b in range(images_BCP.shape[0]):
-        for c in range(3):
-            plane_P, mean, std = images_BCP[b, c], mean_3[c], std_3[c]
-            for i in range(len(plane_P)):
-                plane_P[i] = (plane_P[i] - mean) / std
+def _normalize_image(image_CP, mean_3, std_3):
+    for c in range(3):
+        plane_P, mean, std = image_CP[c], mean_3[c], std_3[c]
+        for i in range(len(plane_P)):
+            plane_P[i] = (plane_P[i] - mean) / std
+
+
+@_compiled
+def _normalize(bytes_BCHW, images_BCHW, mean_3, std_3):
+    for b in range(len(images_BCHW)):
+        if len(bytes_BCHW):
+            _load(bytes_BCHW[b], images_BCHW[b])
+        _normalize_image(images_BCHW[b].reshape(3, -1), mean_3, std_3)
 
 
 @_compiled
 def _augment(
-    images_BCHW, flip_B, gray_first, gray_B, jitter_B, order_B4, enabled_4, factors_B4, shifts_B3, taps_BT, blur_B,
-    solarize_B,
+    bytes_BCHW, images_BCHW, flip_B, gray_first, gray_B, jitter_B, order_B4, enabled_4, factors_B4, shifts_B3, taps_BT,
+    blur_B, solarize_B, mean_3, std_3,
 ):  # fmt: skip
     for b in range(len(images_BCHW)):
         image_CHW = images_BCHW[b]
         image_CP = image_CHW.reshape(3, -1)
+        if len(bytes_BCHW):
+            _load(bytes_BCHW[b], image_CHW)
         if flip_B[b]:
             _flip(image_CHW)
         if gray_first and gray_B[b]:
@@ -116,6 +139,7 @@ def _augment(
             _blur(image_CHW, taps_BT[b])
         if solarize_B[b]:
             _solarize(image_CP)
+        _normalize_image(image_CP, mean_3, std_3)
 
 
 @_compiled

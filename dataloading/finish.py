@@ -1,7 +1,7 @@
 """From decoded crops to the images that the network gets: floats, colours, normalisation.
 
-On a CPU this costs nearly as much as decoding, so it runs in threads, a batch ahead of the one that is trained on; each
-thread works off a few images at a time with everything in its caches. On a GPU it runs there.
+On a CPU it runs in threads, a batch ahead of the one that is trained on; each thread takes its share of a batch in one
+call without Python's lock. On a GPU it runs there.
 
 Shapes: M windows, C = 3 channels, S side of a crop.
 """
@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from dataloading.augment import AugmentConfig
-from dataloading.color import augment_colors, normalize, to_unit_range
+from dataloading.color import augment_colors, normalize
 from dataloading.plan import Plan
 from dataloading.threads import Buffers, single_threaded_pool
 
 _BATCHES_AHEAD = 1
-_PART_ELEMENTS = 150_000
-"""A thread works off so many numbers at a time, an image of 224 pixels: they stay in its caches."""
 
 
 class Finish(Protocol):
     """What becomes of the crops of some windows."""
 
-    def __call__(self, crops_MCSS: Tensor, plan: Plan, windows: slice) -> None:
-        """Change the crops of `windows`, float32 in [0, 1], in place."""
+    def __call__(self, crops_MCSS: Tensor, images_MCSS: Tensor, plan: Plan, windows: slice) -> None:
+        """Write finished images, float32, contiguous, of the crops of `windows`.
+
+        crops_MCSS: uint8, or float32 in [0, 1] and then the same tensor as images_MCSS.
+        """
         ...
 
 
@@ -42,9 +43,9 @@ class Augmented:
 
     augment: AugmentConfig
 
-    def __call__(self, crops_MCSS: Tensor, plan: Plan, windows: slice) -> None:
+    def __call__(self, crops_MCSS: Tensor, images_MCSS: Tensor, plan: Plan, windows: slice) -> None:
         assert plan.factors is not None
-        augment_colors(crops_MCSS, plan.factors[windows], self.augment)
+        augment_colors(crops_MCSS, plan.factors[windows], self.augment, images_MCSS)
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Normalized:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, crops_MCSS: Tensor, plan: Plan, windows: slice) -> None:
-        normalize(crops_MCSS, self.mean, self.std)
+    def __call__(self, crops_MCSS: Tensor, images_MCSS: Tensor, plan: Plan, windows: slice) -> None:
+        normalize(crops_MCSS, self.mean, self.std, images_MCSS)
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ class Reference:
 
     augment: AugmentConfig
 
-    def __call__(self, crops_MCSS: Tensor, plan: Plan, windows: slice) -> None:
+    def __call__(self, crops_MCSS: Tensor, images_MCSS: Tensor, plan: Plan, windows: slice) -> None:
         from dataloading.torch_loader import reference_colors
 
         assert plan.factors is not None
-        crops_MCSS.copy_(reference_colors(crops_MCSS, plan.factors[windows], self.augment))
+        floats_MCSS = crops_MCSS if crops_MCSS.dtype == torch.float32 else crops_MCSS.to(torch.float32).div_(255.0)
+        images_MCSS.copy_(reference_colors(floats_MCSS, plan.factors[windows], self.augment))
 
 
 class Finisher:
@@ -100,29 +102,22 @@ class Finisher:
             self._pool = None
 
     def _start(self, plan: Plan, crops_MCSS: Tensor) -> tuple[Tensor, list[Future[None]]]:
+        everything = slice(0, len(crops_MCSS))
         if crops_MCSS.dtype != torch.uint8:
-            self._finish(crops_MCSS, plan, slice(0, len(crops_MCSS)))
+            self._finish(crops_MCSS, crops_MCSS, plan, everything)
             return crops_MCSS, []
         if crops_MCSS.device.type != "cpu":
             images_MCSS = torch.empty(crops_MCSS.shape, device=crops_MCSS.device)
-            to_unit_range(crops_MCSS, images_MCSS)
-            self._finish(images_MCSS, plan, slice(0, len(images_MCSS)))
+            self._finish(crops_MCSS, images_MCSS, plan, everything)
             return images_MCSS, []
         if self._pool is None:
             self._pool = single_threaded_pool(self._num_threads, "finish-images")
         images_MCSS = self._buffers.take(crops_MCSS.shape)
         cuts = [len(images_MCSS) * part // self._num_threads for part in range(self._num_threads + 1)]
-        shares = [range(start, stop) for start, stop in pairwise(cuts) if start < stop]
-        return images_MCSS, [self._pool.submit(self._share, images_MCSS, crops_MCSS, plan, share) for share in shares]
-
-    def _share(self, images_MCSS: Tensor, crops_MCSS: Tensor, plan: Plan, share: range) -> None:
-        """Finish a thread's share of a batch, a few images at a time."""
-        size = max(1, _PART_ELEMENTS // images_MCSS[0].numel())
-        for start in share[::size]:
-            part = slice(start, min(start + size, share.stop))
-            images = images_MCSS[part]
-            to_unit_range(crops_MCSS[part], images)
-            self._finish(images, plan, part)
+        shares = [slice(start, stop) for start, stop in pairwise(cuts) if start < stop]
+        submit = self._pool.submit
+        futures = [submit(self._finish, crops_MCSS[share], images_MCSS[share], plan, share) for share in shares]
+        return images_MCSS, futures
 
 
 def _done(plan: Plan, images_MCSS: Tensor, futures: list[Future[None]]) -> tuple[Plan, Tensor]:
