@@ -223,3 +223,18 @@ def test_flipped_bytes_are_never_sound_where_pillow_fails(options):
         else:
             assert header.format == "JPEG"
     assert num_refused > 20
+
+
+def test_memory_that_is_used_again_holds_the_right_pixels_after_any_window_and_any_failure():
+    files, generator = [*odd_sized_jpegs(6), encode(picture(61, 83, 6), "PNG")], np.random.default_rng(1)
+    for number in range(150):
+        if number % 7 == 3:
+            assert decode_part(Window(BAD, (0, 0), (9, 9), is_plain=True)) is None
+        file = files[number % len(files)]
+        with Image.open(io.BytesIO(file)) as image:
+            height, width = (int(generator.integers(1, side + 1)) for side in (image.height, image.width))
+            top = int(generator.integers(0, image.height - height + 1))
+            left = int(generator.integers(0, image.width - width + 1))
+        found = decode_part(Window(file, (top, left), (height, width)))
+        assert found is not None
+        assert torch.equal(found, pillow.decode_part(file, (top, left), (height, width)))
