@@ -62,7 +62,9 @@ class ShardCache:
         return ShardCache, (self.folder, self.limit_bytes)
 
     def path(self, key: str) -> Path:
-        """Return where a file is, if it is there. key: a relative path of our own making."""
+        """Return where a file is, if it is there. Raises ValueError for a key that would leave the folder."""
+        if key.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"key {key!r} in the cache {self.folder}: expected a relative path below it")
         return self.folder / key
 
     def open(self, key: str) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -74,13 +75,12 @@ class ShardDownloads:
         uses = order.uses_from(self._offsets, self._step * self._global_batch)
         active: list[ShardUse] = []
         under_way: dict[Future[bool], ShardUse] = {}
-        waiting: ShardUse | None = None
+        waiting: deque[ShardUse] = deque()
         while not stop.is_set():
             while len(under_way) < _SHARDS_AT_ONCE and not stop.is_set():
-                use = waiting or next(uses)
-                waiting = None
+                use = waiting.popleft() if waiting else next(uses)
                 if use.first > self._step * self._global_batch + order.num_rows:
-                    waiting = use  # an epoch ahead is far enough
+                    waiting.appendleft(use)  # an epoch ahead is far enough
                     break
                 future = pool.submit(self._fetch, self._numbers_S[use.shard], self._time_of(use.first), stop)
                 under_way[future] = use
@@ -93,7 +93,7 @@ class ShardDownloads:
                     active.append(use)
                 elif use.last >= self._step * self._global_batch:
                     # No room, or a storage that fails: later, unless its images were read one by one meanwhile.
-                    waiting = use
+                    waiting.appendleft(use)
                     stop.wait(_TICK_S)
             active = self._retire(order, active)
 

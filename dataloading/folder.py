@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.headers import EXTENSIONS, Progress, all_small
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
 from dataloading.scanned import scan_dataset
 
@@ -105,9 +105,9 @@ def _holds_images(folder: Path) -> bool:
     return any(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
 
 
-def _no_split(root: Path, split: str) -> DatasetError:
+def _no_split(root: Path, split: str) -> NoSplit:
     expected = " or ".join(f"{root}/{name}" for name in SPLIT_NAMES[split])
-    return DatasetError(
+    return NoSplit(
         f"no {split} split in {root}: found {contents(root)}; expected the folder {expected}. Add it, or name "
         "another root"
     )

@@ -36,6 +36,14 @@ class DatasetChanged(DatasetError):
     """The images are no longer those of the index that was handed over; the message says what differs."""
 
 
+class NoSplit(DatasetError):
+    """There are images, but none of the split that was asked for."""
+
+
+MAX_CLASSES = 1 << 20
+"""A larger label than this is taken for a mistake: what is counted per class would need all memory."""
+
+
 class Names(Sequence[str]):
     """The names of the rows in one arrow array: some 10 bytes a row beyond the text, where a str costs 50.
 

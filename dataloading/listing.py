@@ -22,6 +22,7 @@ def list_files(
     """
     found: list[tuple[str, int]] = []
     real_root = root.resolve()
+    _check_link(base, real_root)
     # A link to a folder above itself would be walked forever: the real paths of the open folders are remembered.
     waiting = [(base, "", frozenset({base.resolve()}))]
     while waiting:
@@ -42,6 +43,16 @@ def list_files(
                     if first_only:
                         return found
     return sorted(found)
+
+
+def check_links(folder: Path, root: Path) -> None:
+    """Raise DatasetError where a folder, or anything directly in it, is a link that leaves the root."""
+    real_root = root.resolve()
+    _check_link(folder, real_root)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                _check_link(Path(entry.path), real_root)
 
 
 def _check_link(link: Path, real_root: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dataloading.folder import choose_split, file_index
 from dataloading.headers import EXTENSIONS, Progress, all_small
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, require_same
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, require_same
 from dataloading.listing import SPLIT_NAMES
 from dataloading.packed import require_storage
 from dataloading.scanned import scan_dataset
@@ -83,7 +83,7 @@ def list_objects(
     found = choose_split(here, split, direct.__contains__)
     if found is None:
         expected = " or ".join(f"{root.rstrip('/')}/{name}/" for name in SPLIT_NAMES[split])
-        raise DatasetError(f"no {split} split in {root}: found {_some(here)}; expected images below {expected}")
+        raise NoSplit(f"no {split} split in {root}: found {_some(here)}; expected images below {expected}")
     name, splits = found
     prefix = f"{name}/" if name else ""
     files = [(key.removeprefix(prefix), size) for key, size in everything if key.startswith(prefix)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def pack(
     plan = _Plan(images, target, split, shard_mb, shuffle, keep_bad)
     if (done := plan.packed_already()) is not None:
         return done
+    plan.begin()
     reported = plan.reported_units()
     num_done = sum(len(plan.units[unit]) for unit in reported)
     num_bytes = sum(reported.values())
@@ -140,9 +142,21 @@ class _Plan:
         if not manifest.fingerprint.startswith(self.name[:16]):
             raise DatasetError(
                 f"{self.target.uri}/{key} is already there, packed from {manifest.index.source} "
-                f"({manifest.index.num_rows:,} images) or with other options; choose another place, or remove it"
+                f"({manifest.index.num_rows:,} images) or with other options; choose another place, or remove "
+                "that folder"
             )
         return _report_of(manifest, self._read_damaged(), was_packed=True)
+
+    def begin(self) -> None:
+        """Mark the folder as one that is being packed. Raises DatasetError where it holds tars of somebody else."""
+        found = [key.removeprefix(self.folder) for key, _ in self.target.list_sizes(self.folder)]
+        tars = [name for name in found if name.endswith(".tar")]
+        if tars and not any(name.startswith(f"{REPORTS}/") for name in found):
+            raise DatasetError(
+                f"{self.target.uri}/{self.folder}: found {len(tars)} tars ({', '.join(tars[:3])}…) without a manifest, "
+                "expected an empty folder, since shards would replace them; remove them, or choose another place"
+            )
+        self.target.put(f"{self.folder}{REPORTS}/plan", self.name.encode())
 
     def reported_units(self) -> dict[int, int]:
         """Return the units of this plan that are done, with the bytes of their shards."""
@@ -166,6 +180,9 @@ class _Plan:
         if damaged:
             lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in damaged.items())
             self.target.put(f"{self.folder}{DAMAGED}", "".join(lines).encode())
+        else:
+            self.target.delete(f"{self.folder}{DAMAGED}")
+        self._remove_other_shards({shard.name for shard in manifest.shards})
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / MANIFEST
             manifest.save(path)
@@ -176,6 +193,13 @@ class _Plan:
         # Of this folder too: a killed process leaves the unfinished file of its shard.
         self.target.remove_leftovers(self.folder.rstrip("/"))
         return _report_of(manifest, damaged)
+
+    def _remove_other_shards(self, names: set[str]) -> None:
+        """Remove what an interrupted plan with other options left: readers of plain tars would see its images too."""
+        for key, _ in self.target.list_sizes(self.folder):
+            name = key.removeprefix(self.folder)
+            if re.fullmatch(r"\d{6,}\.tar", name) and name not in names:
+                self.target.delete(key)
 
     def _divide(self, shard_mb: float) -> list[NDArray[np.int64]]:
         """Return the rows of each unit, in the order in which the shard holds them."""

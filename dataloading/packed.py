@@ -7,15 +7,16 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from dataloading.cache import Fetched
-from dataloading.headers import Progress, all_small, scan
-from dataloading.index import Dataset, DatasetError, DatasetIndex, require_same
-from dataloading.listing import SPLIT_NAMES, contents, existing_root
+from dataloading.headers import BadHeader, Progress, all_small, scan
+from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, image_checksum, require_same
+from dataloading.listing import SPLIT_NAMES, check_links, contents, existing_root
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
 from dataloading.shards import MANIFEST, PIECE_BYTES, ShardManifest, fingerprint_of, load_manifest
 from dataloading.storage import Objects, Storage, is_remote, local_path
@@ -44,8 +45,11 @@ def open_packed(
     found = manifest.index
     if not all_small(found.heights_N, found.widths_N, found.bad_N):
         return Dataset(found, None, reader, manifest.layout)
-    scanned = scan(_in_row_order(manifest, source), found.num_rows, io.BytesIO, on_progress=on_progress)
-    return Dataset(found, scanned.pixels_NHWC, None if scanned.pixels_NHWC is not None else reader, manifest.layout)
+    scanned = scan(_in_row_order(manifest, source), found.num_rows, _open_checked, on_progress=on_progress)
+    if scanned.pixels_NHWC is None:
+        return Dataset(found, None, reader, manifest.layout)
+    marked = replace(found, bad_N=found.bad_N | scanned.bad_N, reasons=scanned.reasons | found.reasons)
+    return Dataset(marked, scanned.pixels_NHWC, None, manifest.layout)
 
 
 def open_manifest(root: str | None, split: str, storage: Storage | None) -> tuple[ShardManifest, _Shards]:
@@ -56,11 +60,12 @@ def open_manifest(root: str | None, split: str, storage: Storage | None) -> tupl
     for name in (*SPLIT_NAMES[split], ""):
         file = path / name / MANIFEST
         if file.is_file() and (name or path.name in SPLIT_NAMES[split]):
+            check_links(file.parent, path)
             # Mapped, not read: workers of a machine share its pages.
             manifest = load_manifest(str(file), pa.memory_map(str(file)).read_buffer())
             return manifest, LocalShards(file.parent, [shard.name for shard in manifest.shards])
     expected = " or ".join(str(path / name / MANIFEST) for name in SPLIT_NAMES[split])
-    raise DatasetError(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
+    raise NoSplit(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
 
 
 def packed_splits(path: Path) -> list[str]:
@@ -81,7 +86,7 @@ def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardM
         source = RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
         return manifest, source
     expected = " or ".join(f"{root.rstrip('/')}/{name}/{MANIFEST}" for name in SPLIT_NAMES[split])
-    raise DatasetError(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
+    raise NoSplit(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
 
 
 def _remote_buffer(objects: Objects, key: str, num_bytes: int, storage: Storage) -> pa.Buffer:
@@ -115,8 +120,15 @@ def require_storage(root: str, storage: Storage | None) -> Objects:
     return storage.open(root)
 
 
-def _in_row_order(manifest: ShardManifest, source: _Shards) -> Iterator[list[bytes]]:
-    """Yield all images in row order, each shard being read once from end to end."""
+def _open_checked(image: tuple[bytes, bytes]) -> io.BytesIO:
+    encoded, checksum = image
+    if image_checksum(encoded) != checksum:
+        raise BadHeader("its bytes differ from the manifest's checksum")
+    return io.BytesIO(encoded)
+
+
+def _in_row_order(manifest: ShardManifest, source: _Shards) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Yield all images with their checksums in row order, each shard being read once from end to end."""
     starts_S = np.cumsum([0, *(shard.num_bytes for shard in manifest.shards)]).tolist()
     rows = range(manifest.index.num_rows)
     # The encoded bytes of images that are kept in memory decoded fit on a disk for a moment.
@@ -129,10 +141,13 @@ def _in_row_order(manifest: ShardManifest, source: _Shards) -> Iterator[list[byt
         file.flush()
         for first in rows[::_ROWS_AT_ONCE]:
             yield [
-                os.pread(
-                    file.fileno(),
-                    int(manifest.length_N[row]),
-                    starts_S[manifest.shard_N[row]] + int(manifest.offset_N[row]),
+                (
+                    os.pread(
+                        file.fileno(),
+                        int(manifest.length_N[row]),
+                        starts_S[manifest.shard_N[row]] + int(manifest.offset_N[row]),
+                    ),
+                    manifest.checksum_N[row].tobytes(),
                 )
                 for row in rows[first : first + _ROWS_AT_ONCE]
             ]

@@ -23,7 +23,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataloading.headers import Progress, all_small
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, image_checksum, list_digest, require_same
+from dataloading.index import (
+    MAX_CLASSES,
+    Dataset,
+    DatasetError,
+    DatasetIndex,
+    Names,
+    NoSplit,
+    image_checksum,
+    list_digest,
+    require_same,
+)
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet_reader import ParquetReader
 from dataloading.scanned import scan_dataset
@@ -31,7 +41,6 @@ from dataloading.scanned import scan_dataset
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
 _CHUNK = 64
-_MAX_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def _open_files(root: Path, split: str) -> _Files:
     if not names:
         found = contents(root) if root.is_dir() else root.name
         expected = " or ".join(f"{name}-*.parquet" for name in SPLIT_NAMES[split])
-        raise DatasetError(f"no {split} split in {root}: found {found}; expected files {expected}. Add them")
+        raise NoSplit(f"no {split} split in {root}: found {found}; expected files {expected}. Add them")
     paths = tuple(root / name if name else root for name in names)
     starts, schemas = [0], []
     for path in paths:
@@ -203,7 +212,7 @@ def _labels(files: _Files, num_rows: int) -> NDArray[np.int64] | None:
     labels_N = column.to_numpy().astype(np.int64)
     if labels_N.min() < 0:
         return None
-    limit = len(files.class_names) or _MAX_CLASSES
+    limit = len(files.class_names) or MAX_CLASSES
     if labels_N.max() >= limit:
         row = int(labels_N.argmax())
         raise DatasetError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,21 @@ FORMAT = "instdisc shards 1"
 DIGESTS = ("list", "checksums", "pixels")
 """What the digest covers beside the names, as in the index of the source: byte sizes (a folder, objects, tars), the
 images' bytes (parquet), or their pixels (images that the source holds decoded)."""
-_REQUIRED = ("name", "length", "height", "width", "bad", "shard", "offset", "checksum")
+_COLUMNS = {
+    "name": pa.large_binary(),
+    "length": pa.int64(),
+    "height": pa.int32(),
+    "width": pa.int32(),
+    "bad": pa.uint8(),
+    "shard": pa.int32(),
+    "offset": pa.int64(),
+    "checksum": pa.binary(CHECKSUM_BYTES),
+    "label": pa.int64(),
+    "row_of_place": pa.int64(),
+}
+_OPTIONAL, _BINARY = {"label", "row_of_place"}, {"name", "checksum"}
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
+_ROWS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -152,10 +167,10 @@ def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
                 raise ValueError(f"{reader.num_record_batches} record batches")
             batch = reader.get_batch(0)
         about = json.loads((batch.schema.metadata or {}).get(b"instdisc", b"{}"))
-        if about.get("format") != FORMAT:
-            raise ValueError(f"format {about.get('format')!r}")
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError("another format")
         return _manifest(about, {name: batch.column(name) for name in batch.schema.names})
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"{where} is not a whole manifest: found {type(error).__name__}: {error}, expected {FORMAT!r}; pack the "
             "images again"
@@ -163,16 +178,21 @@ def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
 
 
 def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManifest:
-    missing = [name for name in _REQUIRED if name not in columns]
-    if missing:
-        raise ValueError(f"no column {', '.join(missing)}")
+    for name, kind in _COLUMNS.items():
+        if name not in columns and name not in _OPTIONAL:
+            raise ValueError(f"no column {name}")
+        if name in columns and (columns[name].type != kind or columns[name].null_count):
+            raise ValueError(f"column {name} of {columns[name].type} with {columns[name].null_count} nulls, not {kind}")
     if about["piece_bytes"] != PIECE_BYTES or about["digest_of"] not in DIGESTS:
         raise ValueError(f"pieces of {about['piece_bytes']} bytes, digest of {about['digest_of']!r}")
     shards = tuple(Shard(**{**shard, "pieces": tuple(shard["pieces"])}) for shard in about["shards"])
     for shard in shards:
-        if Path(shard.name).name != shard.name or shard.name.startswith("."):
-            raise ValueError(f"shard name {shard.name!r}")  # a manifest must not point outside of its folder
-    values = {name: column.to_numpy(zero_copy_only=True) for name, column in columns.items() if name not in _BINARY}
+        _check_shard(shard)
+    if not _FINGERPRINT.fullmatch(about["fingerprint"]):
+        raise ValueError(f"fingerprint {about['fingerprint']!r}")  # it names a folder of the cache
+    values = {
+        name: columns[name].to_numpy(zero_copy_only=True) for name in _COLUMNS if name in columns.keys() - _BINARY
+    }
     checksums = columns["checksum"]
     start = checksums.offset * CHECKSUM_BYTES
     checksum_N = np.frombuffer(checksums.buffers()[1], f"V{CHECKSUM_BYTES}", len(checksums), start)
@@ -203,16 +223,51 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
     )
 
 
-_BINARY = ("name", "checksum")
+def _check_shard(shard: Shard) -> None:
+    """Raise ValueError or TypeError for what is no shard; a manifest must not point outside of its folder."""
+    if not shard.name or Path(shard.name).name != shard.name or shard.name.startswith("."):
+        raise ValueError(f"shard name {shard.name!r}")
+    if not (type(shard.num_bytes) is type(shard.num_rows) is int and shard.num_bytes >= 0 and shard.num_rows >= 0):
+        raise ValueError(f"shard {shard.name} of {shard.num_bytes!r} bytes, {shard.num_rows!r} rows")
+    if len(shard.pieces) != -(-shard.num_bytes // PIECE_BYTES) or not all(type(p) is str for p in shard.pieces):
+        raise ValueError(f"shard {shard.name} of {shard.num_bytes:,} bytes with {len(shard.pieces)} checksums")
 
 
 def _check_places(shards: Sequence[Shard], values: dict[str, NDArray]) -> None:
-    """Raise ValueError where the manifest contradicts itself; looks at every row once."""
-    num_rows = len(values["shard"])
-    if sum(shard.num_rows for shard in shards) != num_rows:
-        raise ValueError(f"{num_rows} rows, but shards of {sum(shard.num_rows for shard in shards)}")
-    if num_rows and not 0 <= values["shard"].min() <= values["shard"].max() < len(shards):
-        raise ValueError(f"shard numbers up to {values['shard'].max()} of {len(shards)} shards")
+    """Raise ValueError where the manifest contradicts itself: every image lies in its shard, every row has a place.
+
+    Looks at every row once, few at a time: the columns stay in the mapped file.
+    """
+    num_bytes_S = np.array([shard.num_bytes for shard in shards], dtype=np.int64)
+    num_rows_S = np.array([shard.num_rows for shard in shards], dtype=np.int64)
+    shard_N, places_N, num_rows = values["shard"], values.get("row_of_place"), len(values["shard"])
+    if int(num_rows_S.sum()) != num_rows:
+        raise ValueError(f"{num_rows} rows, but shards of {int(num_rows_S.sum())}")
+    seen_N = np.zeros(num_rows, dtype=np.bool_)
+    counts_S, last = np.zeros_like(num_rows_S), 0
+    for first in range(0, num_rows, _ROWS_AT_ONCE):
+        part = slice(first, min(num_rows, first + _ROWS_AT_ONCE))
+        shard_R, offset_R, length_R = shard_N[part], values["offset"][part], values["length"][part]
+        if shard_R.min() < 0 or shard_R.max() >= len(shards):
+            raise ValueError(f"shard numbers from {shard_R.min()} to {shard_R.max()} of {len(shards)} shards")
+        # Without a sum, which could overflow.
+        if offset_R.min() < 0 or length_R.min() < 0 or (length_R > num_bytes_S[shard_R] - offset_R).any():
+            raise ValueError(f"an image outside of its shard, among rows {part.start} to {part.stop - 1}")
+        counts_S += np.bincount(shard_R, minlength=len(shards))
+        if places_N is None:
+            seen_N[part], shard_of_place_R = True, shard_R
+        else:
+            rows_R = places_N[part]
+            if rows_R.min() < 0 or rows_R.max() >= num_rows:
+                raise ValueError(f"places of rows {rows_R.min()} to {rows_R.max()} of {num_rows}")
+            seen_N[rows_R], shard_of_place_R = True, shard_N[rows_R]
+        if shard_of_place_R[0] < last or (np.diff(shard_of_place_R) < 0).any():
+            raise ValueError(f"places {part.start} to {part.stop - 1} are not in the order of the shards")
+        last = shard_of_place_R[-1]
+    if not seen_N.all():
+        raise ValueError(f"row {int(np.argmin(seen_N))} has no place, another has two")
+    if (counts_S != num_rows_S).any():
+        raise ValueError(f"shard {shards[int(np.argmax(counts_S != num_rows_S))].name} holds another number of rows")
 
 
 def fingerprint_of(*parts: bytes) -> str:

@@ -33,6 +33,10 @@ class SourceImages:
     """One of `shards.DIGESTS`."""
 
 
+SCANNED_KINDS = ("folder", "webdataset")
+"""Opened without a saved index, images of these kinds have their headers read, one after the other."""
+
+
 def open_dataset(
     kind: str,
     root: str | None,
@@ -106,6 +110,11 @@ def list_images(
     dataset = open_dataset(kind, root, split, max_rows=max_rows, download=download)
     assert dataset.pixels_NHWC is not None
     return SourceImages(dataset.index, PixelsReader(dataset.pixels_NHWC), "pixels")
+
+
+def kind_of(kind: str, root: str | None, split: str, storage: Storage | None = None) -> str:
+    """Return the kind of the images: "auto" found out, any other as it is. Arguments and errors as `open_dataset`."""
+    return _resolve(kind, root, split, None, storage)[0]
 
 
 class _Rows(TypedDict):

@@ -16,7 +16,16 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from dataloading.headers import EXTENSIONS, Progress, all_small
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
+from dataloading.index import (
+    MAX_CLASSES,
+    Dataset,
+    DatasetError,
+    DatasetIndex,
+    Names,
+    NoSplit,
+    list_digest,
+    require_same,
+)
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.packed import require_storage
 from dataloading.scanned import scan_dataset
@@ -26,6 +35,7 @@ from dataloading.storage import Storage, is_remote, local_path
 
 _CHUNK = 64
 _MAX_LABEL_BYTES = 32
+_MAX_END_BYTES = 1 << 20  # of zeros after the last member; programs write 1 to 10 kB
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def list_webdataset(
         source = LocalShards(path, names)
         found_here = contents(path)
     if not names:
-        raise DatasetError(
+        raise NoSplit(
             f"no {split} tars in {where}: found {found_here}; expected "
             f"{' or '.join(f'{name}-*.tar' for name in SPLIT_NAMES[split])}, there or in a folder of that name"
         )
@@ -155,9 +165,10 @@ def _members(where: str, source: LocalShards | RemoteShards, number: int, shard:
                 if "." + ending.rpartition(".")[2].lower() in EXTENSIONS and image is None:
                     image = _Member(f"{shard.name}/{member.name}", number, member.offset_data, member.size, None)
                 elif ending == "cls" and member.size <= _MAX_LABEL_BYTES:
-                    label = _label(tar.extractfile(member))
+                    label = _label(f"{where}/{member.name}", tar.extractfile(member))
             if image is not None:
                 yield replace(image, label=label)
+            _check_end(source, number, shard, tar.offset)
     except tarfile.TarError as error:
         raise DatasetError(f"{where} is not a whole tar file ({error}); fetch or write it again") from error
 
@@ -168,11 +179,21 @@ def _open_tar(source: LocalShards | RemoteShards, number: int, shard: Shard) -> 
     return tarfile.TarFile.open(fileobj=_Stream(in_pieces(source, number, shard.num_bytes)), mode="r|")
 
 
-def _label(file) -> int | None:
+def _check_end(source: LocalShards | RemoteShards, number: int, shard: Shard, end: int) -> None:
+    """Raise ReadError where a tar does not end where its last header was found: tarfile stops at damage in silence."""
+    left = shard.num_bytes - end
+    if left > _MAX_END_BYTES or source.read(number, end, left).strip(b"\0"):
+        raise tarfile.ReadError(f"no header of a member at byte {end:,}, where {left:,} bytes are left")
+
+
+def _label(where: str, file) -> int | None:
     try:
-        return int(file.read())
+        label = int(file.read())
     except (AttributeError, ValueError):
         return None
+    if label >= MAX_CLASSES:
+        raise DatasetError(f"{where}: found label {label}, expected below {MAX_CLASSES:,}. Correct or remove it")
+    return label
 
 
 class _Stream(io.RawIOBase):

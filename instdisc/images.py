@@ -6,7 +6,8 @@ import os
 
 from cluster.store import Store
 from dataloading.cache import ShardCache
-from dataloading.index import Dataset
+from dataloading.headers import Progress
+from dataloading.index import Dataset, DatasetIndex
 from dataloading.sources import open_dataset
 from dataloading.storage import Storage
 from instdisc.config_sections import DataConfig
@@ -15,10 +16,24 @@ CACHE_VARIABLE = "INSTDISC_CACHE"
 _DEFAULT_CACHE = "~/.cache/instdisc"
 
 
-def open_images(data: DataConfig, split: str, *, max_rows: int | None = None) -> Dataset:
-    """Return the images of a split. Raises as `dataloading.sources.open_dataset`."""
+def open_images(
+    data: DataConfig,
+    split: str,
+    *,
+    max_rows: int | None = None,
+    index: DatasetIndex | None = None,
+    on_progress: Progress | None = None,
+) -> Dataset:
+    """Return the images of a split. Arguments and errors as `dataloading.sources.open_dataset`."""
     return open_dataset(
-        data.kind, data.root, split, max_rows=max_rows, download=data.download, storage=storage_of(data)
+        data.kind,
+        data.root,
+        split,
+        max_rows=max_rows,
+        index=index,
+        on_progress=on_progress,
+        download=data.download,
+        storage=storage_of(data),
     )
 
 

@@ -189,12 +189,13 @@ def _is_terminal(stream: TextIO) -> bool:
 class ImagesTold:
     """Tells how far a long work on images came: images, speed and the time to go."""
 
-    def __init__(self, progress: Progress, what: str, done_before: str = "done") -> None:
-        """what: such as "packing train". done_before: what an earlier start did with images that it left."""
-        self._progress, self._what, self._done_before = progress, what, done_before
+    def __init__(self, tell: Callable[[dict[str, Any]], None], what: str, done_before: str = "done") -> None:
+        """tell: takes the events. what: such as "packing train". done_before: what an earlier start did with images
+        that it left."""
+        self._tell, self._what, self._done_before = tell, what, done_before
         self._start: tuple[float, int, int] | None = None
 
-    def __call__(self, done: int, total: int, num_bytes: int) -> None:
+    def __call__(self, done: int, total: int, num_bytes: int = 0) -> None:
         """Say that `done` of `total` images are done, and how many bytes that were; first at the start."""
         now_s = time.monotonic()
         if self._start is None:
@@ -205,7 +206,10 @@ class ImagesTold:
             spent_s = max(1e-9, now_s - start_s)
             left = duration((total - done) * spent_s / (done - first))
             speed = (done - first) / spent_s
-            text += f", {speed:,.0f} images/s, {(num_bytes - first_bytes) / spent_s / 1e6:,.1f} MB/s, {left} left"
+            text += f", {speed:,.0f} images/s"
+            if num_bytes > first_bytes:
+                text += f", {(num_bytes - first_bytes) / spent_s / 1e6:,.1f} MB/s"
+            text += f", {left} left"
         elif done:
             text += f" were {self._done_before} before"
-        self._progress.update({"kind": "phase", "text": text})
+        self._tell({"kind": "phase", "text": text})

@@ -124,12 +124,18 @@ class Run:
         with self._readable(DIGEST):
             stored = json.loads(self.store.get(DIGEST))["digest"]
         if stored != index.digest:
-            difference = self.index().difference(index)
-            raise RunError(
-                f"run {self.uri} was started on other images: {difference or 'the digest differs'}. Every image has "
-                "its own row in the memory bank, so a run goes on with the same images only: put them back, or give "
-                "another --run for a new run."
-            )
+            raise self.other_images(self.index().difference(index) or "the digest differs")
+
+    def other_images(self, difference: str) -> RunError:
+        """Return the error that the images are not those that the run was started on."""
+        return RunError(
+            f"run {self.uri} was started on other images: {difference}. Every image has its own row in the memory "
+            "bank, so a run goes on with the same images only: put them back, or give another --run for a new run."
+        )
+
+    def has_index(self) -> bool:
+        """Whether the run knows its images: it was started before."""
+        return self.store.exists(DIGEST)
 
     def index(self) -> DatasetIndex:
         """Return the stored index of the training images."""

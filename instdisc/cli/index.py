@@ -7,7 +7,7 @@ import json
 import time
 from typing import Any
 
-from instdisc.cli.output import output_file
+from instdisc.cli.output import output_file, printable
 from instdisc.config_sections import SOURCE_KINDS
 
 
@@ -56,7 +56,9 @@ def _as_text(document: dict[str, Any], out: str | None) -> str:
         f"({document['seconds']} s)",
         f"  digest {document['digest']}",
     ]
-    lines += [f"  damaged: {name}: {reason}" for name, reason in list(document["bad"].items())[:20]]
+    lines += [
+        f"  damaged: {printable(name)}: {printable(reason)}" for name, reason in list(document["bad"].items())[:20]
+    ]
     if len(document["bad"]) > 20:
         lines.append(f"  … and {len(document['bad']) - 20} more (--json lists all)")
     if out:

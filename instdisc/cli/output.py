@@ -1,4 +1,4 @@
-"""Where a command writes its result, looked at before the work and not after it."""
+"""Where and how a command writes its result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def output_file(name: str) -> Path:
-    """Return the path of a file to write. Raises OSError where none can be written there."""
+    """Return the path of a file to write, looked at before the work. Raises OSError where none can be written."""
     path = Path(name)
     folder = path.parent
     if not folder.is_dir():
@@ -17,3 +17,8 @@ def output_file(name: str) -> Path:
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise PermissionError(f"--out {path}: no permission to write there; choose another place")
     return path
+
+
+def printable(text: str) -> str:
+    """Return text from outside, such as a file's name, with what a terminal would obey or refuse as \\x1b, \\udcff."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

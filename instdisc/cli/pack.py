@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
+from instdisc.cli.output import printable
 from instdisc.config_sections import SOURCE_KINDS, SPLITS
 
 
@@ -46,7 +48,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Pack, telling the progress on standard error, and print what was packed."""
     from cluster.store import Store
-    from dataloading.index import DatasetError
+    from dataloading.index import DatasetError, NoSplit
     from dataloading.pack import pack
     from dataloading.sources import list_images
     from instdisc.images import storage_of
@@ -55,13 +57,13 @@ def run(options: argparse.Namespace) -> int:
 
     parallel = _parallel_map(options)
     source, target = (absolute(place) for place in (options.source, options.target))
-    if target == source or target.startswith(source.rstrip("/") + "/"):
+    if _lies_in(target, source):
         raise DatasetError(f"DST {target} lies in SRC {source}: shards would become images; choose another place")
     started_s, documents = time.monotonic(), []
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
             images = list_images(options.kind, source, split, storage=storage_of())
-        except DatasetError:
+        except NoSplit:
             if options.split != "all" or (split == SPLITS[-1] and not documents):
                 raise
             continue
@@ -76,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
                 shard_mb=options.shard_mb,
                 shuffle=not in_order,
                 keep_bad=options.keep_bad,
-                on_progress=ImagesTold(progress, f"packing {split}", "packed"),
+                on_progress=ImagesTold(progress.update, f"packing {split}", "packed"),
             )
         finally:
             progress.close()
@@ -96,6 +98,15 @@ def run(options: argparse.Namespace) -> int:
     document = {"target": target, "splits": documents, "seconds": round(time.monotonic() - started_s, 2)}
     print(json.dumps(document, indent=1) if options.json else _as_text(document, options.keep_bad))
     return 0
+
+
+def _lies_in(target: str, source: str) -> bool:
+    """Whether DST is SRC or below it, links followed."""
+    from dataloading.storage import is_remote, local_path
+
+    if is_remote(source) or is_remote(target):
+        return target == source or target.startswith(source.rstrip("/") + "/")
+    return Path(local_path(target)).resolve().is_relative_to(Path(local_path(source)).resolve())
 
 
 def _parallel_map(options: argparse.Namespace) -> Any:
@@ -118,7 +129,9 @@ def _as_text(document: dict[str, Any], keep_bad: bool) -> str:
             f"{'and marked' if keep_bad else 'and left out'}"
         )
         lines.append(f"  digest {part['digest']}")
-        lines += [f"  damaged: {name}: {reason}" for name, reason in list(part["bad"].items())[:10]]
+        lines += [
+            f"  damaged: {printable(name)}: {printable(reason)}" for name, reason in list(part["bad"].items())[:10]
+        ]
         if part["num_bad"] > 10:
             lines.append(f"  … and {part['num_bad'] - 10:,} more in {part['split']}/damaged.jsonl")
     lines += [

@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+from instdisc.cli.output import printable
 from instdisc.config_sections import SPLITS
 
 _NUM_SHOWN = 20
@@ -32,7 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Check, telling the progress on standard error, and print what is wrong."""
     from cluster.parallel import ProcessMap
-    from dataloading.index import DatasetError
+    from dataloading.index import NoSplit
     from dataloading.packed import open_manifest
     from dataloading.verify import verify
     from instdisc.images import storage_of
@@ -44,19 +45,19 @@ def run(options: argparse.Namespace) -> int:
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
             manifest, source = open_manifest(absolute(options.target), split, storage_of())
-        except DatasetError:
+        except NoSplit:
             if options.split != "all" or (split == SPLITS[-1] and not problems):
                 raise
             continue
         progress = Progress()
         try:
-            problems[split] = list(verify(manifest, source, parallel, ImagesTold(progress, f"checking {split}")))
+            problems[split] = list(verify(manifest, source, parallel, ImagesTold(progress.update, f"checking {split}")))
         finally:
             progress.close()
         num_images += manifest.index.num_rows
     seconds = round(time.monotonic() - started_s, 2)
     document = {"target": options.target, "num_rows": num_images, "problems": problems, "seconds": seconds}
-    found = [f"{split}/{problem}" for split, lines in problems.items() for problem in lines]
+    found = [printable(f"{split}/{problem}") for split, lines in problems.items() for problem in lines]
     if options.json:
         print(json.dumps(document, indent=1))
     else:

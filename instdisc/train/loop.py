@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +14,10 @@ from dataloading.loader import Loader, make_loader
 from dataloading.order import make_order
 from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
 from instdisc.config import TrainConfig
-from instdisc.images import open_images
-from instdisc.runs import NEIGHBOURS, Run, RunError, RunResult
+from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, num_steps
 from instdisc.train.evaluation import Evaluation, KnnEvaluator
+from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
 from instdisc.train.metrics import check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
@@ -36,47 +36,16 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     """
     config = TrainConfig.from_json(config_json)
     run = Run(uri)
-    train_set, test_set = open_sets(
+    train_set = open_train_set(worker, config, run)
+    test_set = open_test_set(
         config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
     )
     require_same_images(worker, train_set, test_set)
-    if train_set.index.num_rows < 2:
-        raise DatasetError(f"{train_set.index.source}: found 1 image, expected at least 2: they are told apart")
-    if worker.rank == 0:
-        run.agree_on_dataset(train_set.index)
-    worker.all_gather_object("the images are those of the run")
     training = Training(worker, config, run, train_set, test_set)
     try:
         return training.run_to_end()
     finally:
         training.close()
-
-
-def require_same_images(worker: Worker, train_set: Dataset, test_set: Dataset | None) -> None:
-    """Raise RunError where the ranks have different images, as with a stale copy on one machine. Collective."""
-    own = [
-        None if dataset is None else [dataset.index.num_rows, dataset.index.digest] for dataset in (train_set, test_set)
-    ]
-    by_rank = worker.all_gather_object(own)
-    for rank, other in enumerate(by_rank):
-        for name, first, found in zip(("training", "test"), by_rank[0], other, strict=True):
-            if first != found:
-                raise RunError(
-                    f"rank {rank} has other {name} images than rank 0 (rows and digest): found {found}, expected "
-                    f"{first}. Give every machine the same data root"
-                )
-
-
-def open_sets(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> tuple[Dataset, Dataset | None]:
-    """Return the training images and the test images, None where there are none; `on_missing` is told why."""
-    data = config.data
-    train_set = open_images(data, data.train_split, max_rows=data.max_rows)
-    try:
-        return train_set, open_images(data, data.test_split, max_rows=data.max_test_rows)
-    except DatasetError as error:
-        if on_missing:
-            on_missing(str(error))
-        return train_set, None
 
 
 class Training:

@@ -17,10 +17,11 @@ from dataloading.loader import make_loader
 from instdisc.config import TrainConfig
 from instdisc.embedding import embed_rows
 from instdisc.evaluate import knn_classify
+from instdisc.images import open_images
 from instdisc.models import Encoder, build_encoder
 from instdisc.recipes import recipe
 from instdisc.schedule import learning_rate, num_steps
-from instdisc.train.loop import open_sets
+from instdisc.train.image_sets import open_test_set
 
 HERE = torch.device("cpu")
 
@@ -34,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     for seed in args.seeds:
         config = recipe("quickstart", **{"seed": seed, "optim.epochs": args.epochs, "optim.lr": args.lr})
-        train, test = open_sets(config)
+        train, test = open_images(config.data, config.data.train_split), open_test_set(config)
         assert test is not None
         encoder = build_encoder(config.model, seed).to(memory_format=torch.channels_last)
         untrained = knn_percent(encoder, config, train, test)

@@ -19,8 +19,9 @@ from tiny_data import write_cifar10
 import instdisc
 from cluster.worker import run_local
 from instdisc.cli.main import main
+from instdisc.images import open_images
 from instdisc.runs import Run
-from instdisc.train.loop import open_sets, require_same_images
+from instdisc.train.image_sets import open_test_set, require_same_images
 
 TINY = [
     *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
@@ -241,7 +242,7 @@ def test_ranks_with_other_images_are_told(tmp_path):
 
 def open_own_images(worker, places):
     config = instdisc.recipe("cifar10-cpu", **{"data.root": places[worker.rank], "data.max_rows": None})
-    require_same_images(worker, *open_sets(config))
+    require_same_images(worker, open_images(config.data, "train"), open_test_set(config))
 
 
 def test_the_python_interface_stays_what_it_is():

@@ -1,0 +1,71 @@
+"""The images of a run, opened on every rank: the same ones, and those that the run was started on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cluster.worker import Worker
+from dataloading.index import Dataset, DatasetChanged, DatasetError
+from dataloading.sources import SCANNED_KINDS, kind_of
+from instdisc.config import TrainConfig
+from instdisc.images import open_images, storage_of
+from instdisc.progress import ImagesTold
+from instdisc.runs import Run, RunError
+
+
+def open_train_set(worker: Worker, config: TrainConfig, run: Run) -> Dataset:
+    """Return the training images, agreed with the run. Collective.
+
+    Where opening them reads the header of every image, the first rank does so at the run's first start; all others,
+    and all later starts, take what it found from the index that the run keeps. Raises RunError where the images are no
+    longer those of the run, DatasetError where they cannot be opened or are too few.
+    """
+    data = config.data
+    data = replace(data, kind=kind_of(data.kind, data.root, data.train_split, storage_of(data)))
+    is_scanned = data.kind in SCANNED_KINDS
+    dataset = None
+    if worker.rank == 0:
+        stored = run.index() if is_scanned and run.has_index() else None
+        try:
+            dataset = open_images(
+                data,
+                data.train_split,
+                max_rows=data.max_rows,
+                index=stored,
+                on_progress=ImagesTold(worker.emit, "looking at the images"),
+            )
+        except DatasetChanged as error:
+            raise run.other_images(str(error)) from error
+        if dataset.index.num_rows < 2:
+            raise DatasetError(f"{dataset.index.source}: found 1 image, expected at least 2: they are told apart")
+        run.agree_on_dataset(dataset.index)
+    elif not is_scanned:
+        dataset = open_images(data, data.train_split, max_rows=data.max_rows)
+    worker.all_gather_object("the run has its index")
+    return dataset or open_images(data, data.train_split, max_rows=data.max_rows, index=run.index())
+
+
+def open_test_set(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> Dataset | None:
+    """Return the test images, None where there are none; `on_missing` is told why."""
+    try:
+        return open_images(config.data, config.data.test_split, max_rows=config.data.max_test_rows)
+    except DatasetError as error:
+        if on_missing:
+            on_missing(str(error))
+        return None
+
+
+def require_same_images(worker: Worker, train_set: Dataset, test_set: Dataset | None) -> None:
+    """Raise RunError where the ranks have different images, as with a stale copy on one machine. Collective."""
+    own = [
+        None if dataset is None else [dataset.index.num_rows, dataset.index.digest] for dataset in (train_set, test_set)
+    ]
+    by_rank = worker.all_gather_object(own)
+    for rank, other in enumerate(by_rank):
+        for name, first, found in zip(("training", "test"), by_rank[0], other, strict=True):
+            if first != found:
+                raise RunError(
+                    f"rank {rank} has other {name} images than rank 0 (rows and digest): found {found}, expected "
+                    f"{first}. Give every machine the same data root"
+                )
