@@ -1,9 +1,11 @@
 """Packing: the same images, rows and digest as in the source, whatever was interrupted."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import time
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from made_images import encode, picture
 
@@ -25,6 +28,7 @@ from dataloading.pack import pack
 from dataloading.packed import open_manifest
 from dataloading.sources import list_images, open_dataset
 from dataloading.verify import verify
+from instdisc.cli.main import main
 
 HERE = ProcessMap(0)
 
@@ -230,7 +234,7 @@ def test_a_report_of_other_images_is_not_taken_for_these(photos, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pack_folder(photos, tmp_path / "packed", parallel=end_after_two)
-    assert len(list((tmp_path / "packed/train/.parts").iterdir())) == 2
+    assert len(list((tmp_path / "packed/train/.parts").glob("*.json"))) == 2
     write_jpeg(photos / "train/cat/new.jpg", 30, 30, seed=1)
     pack_folder(photos, tmp_path / "packed")
     pack_folder(photos, tmp_path / "whole")
@@ -276,6 +280,208 @@ def test_a_manifest_that_is_cut_or_points_elsewhere_is_refused(photos, tmp_path)
         path.write_bytes(wrong)
         with pytest.raises(DatasetError, match="not a whole manifest"):
             open_dataset("packed", str(tmp_path / "packed"), "train")
+
+
+def change_manifest(path, change):
+    """Rewrite a manifest after change(what it says, its columns)."""
+    with pa.ipc.open_file(path) as reader:
+        batch = reader.get_batch(0)
+    about, columns = json.loads(batch.schema.metadata[b"instdisc"]), dict(zip(batch.schema.names, batch, strict=True))
+    about = change(about, columns) or about
+    changed = pa.record_batch(columns).replace_schema_metadata({"instdisc": json.dumps(about)})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, changed.schema) as writer:
+        writer.write_batch(changed)
+
+
+def with_value(name, row, value):
+    def change(about, columns):
+        values = columns[name].to_pylist()
+        values[row] = value
+        columns[name] = pa.array(values, columns[name].type)
+
+    return change
+
+
+def in_shard(name, value):
+    return lambda about, columns: about["shards"][1].update({name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_value("row_of_place", 3, 10**6),
+        with_value("row_of_place", 3, -1),
+        lambda about, columns: with_value("row_of_place", 0, columns["row_of_place"][1].as_py())(about, columns),
+        lambda about, columns: columns.update(row_of_place=pa.array(np.roll(columns["row_of_place"], 1))),
+        lambda about, columns: columns.pop("row_of_place") and None,
+        with_value("length", 0, 2**62),
+        with_value("length", 0, -1),
+        with_value("offset", 5, -512),
+        with_value("offset", 5, 2**63 - 1),
+        with_value("shard", 0, 99),
+        with_value("height", 0, None),
+        lambda about, columns: columns.update(shard=columns["shard"].cast(pa.float64())),
+        lambda about, columns: columns.update(name=columns["name"].cast(pa.large_string())),
+        in_shard("pieces", []),
+        in_shard("num_bytes", "5"),
+        in_shard("num_rows", 1),
+        in_shard("name", ""),
+        lambda about, columns: about.update(reasons=[]),
+        lambda about, columns: about.update(fingerprint="/tmp/elsewhere"),
+        lambda about, columns: about.update(fingerprint="../elsewhere"),
+        lambda about, columns: [about],
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(photos, tmp_path, change):
+    pack_folder(photos, tmp_path / "packed")
+    path = tmp_path / "packed/train/manifest.arrow"
+    change_manifest(path, lambda about, columns: None)
+    open_dataset("packed", str(tmp_path / "packed"), "train")
+    change_manifest(path, change)
+    with pytest.raises(DatasetError, match="not a whole manifest"):
+        open_dataset("packed", str(tmp_path / "packed"), "train")
+
+
+def test_a_split_with_a_broken_manifest_is_no_missing_split(photos, tmp_path, capsys):
+    (photos / "train").rename(photos / "test")
+    shutil.copytree(photos / "test", photos / "train")
+    assert main(["pack", str(photos), str(tmp_path / "packed"), "--workers", "0"]) == 0
+    for split in ("train", "test"):
+        path = tmp_path / "packed" / split / "manifest.arrow"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:500])
+        assert main(["verify", str(tmp_path / "packed"), "--workers", "0"]) == 2
+        assert f"{split}/manifest.arrow is not a whole manifest" in capsys.readouterr().err
+        path.write_bytes(whole)
+    assert main(["verify", str(tmp_path / "packed"), "--workers", "0"]) == 0
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_that_cannot_be_listed_is_not_left_out_in_silence(photos, tmp_path, capsys, split):
+    shutil.copytree(photos / "train", photos / "test")
+    (photos / split / "cat/zz.jpg").symlink_to("/etc/passwd")
+    assert main(["pack", str(photos), str(tmp_path / "packed"), "--workers", "0"]) == 2
+    assert "outside the data root" in capsys.readouterr().err
+
+
+def test_links_out_of_the_root_are_refused(photos, tmp_path):
+    pack_folder(photos, tmp_path / "packed")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/train").symlink_to(photos / "train")
+    with pytest.raises(DatasetError, match="outside the data root"):
+        open_dataset("folder", str(tmp_path / "linked"), "train")
+    (tmp_path / "linked/train").unlink()
+    (tmp_path / "linked/train").symlink_to(tmp_path / "packed/train")
+    with pytest.raises(DatasetError, match="outside the data root"):
+        open_dataset("packed", str(tmp_path / "linked"), "train")
+    shard = tmp_path / "packed/train/000000.tar"
+    shard.rename(tmp_path / "elsewhere.tar")
+    shard.symlink_to(tmp_path / "elsewhere.tar")
+    with pytest.raises(DatasetError, match="outside the data root"):
+        open_dataset("packed", str(tmp_path / "packed"), "train")
+    (tmp_path / "root").symlink_to(photos)  # the root itself may be a link
+    assert open_dataset("folder", str(tmp_path / "root"), "train").index.num_rows == 42
+
+
+def test_tars_of_somebody_else_are_not_replaced(photos, tmp_path):
+    pack_folder(photos, tmp_path / "packed")
+    (tmp_path / "packed/train/manifest.arrow").unlink()
+    before = files_of(tmp_path / "packed")
+    with pytest.raises(DatasetError, match=r"tars .* without a manifest"):
+        pack_folder(photos, tmp_path / "packed", shard_mb=0.1)
+    assert files_of(tmp_path / "packed") == before
+
+
+def test_an_interrupted_plan_with_other_options_leaves_nothing(photos, tmp_path):
+    def end_after_all(function, items):
+        yield from map(function, items)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack_folder(photos, tmp_path / "packed", parallel=end_after_all)
+    assert (tmp_path / "packed/train/000004.tar").exists()
+    (tmp_path / "packed/train/damaged.jsonl").write_text('{"name": "cat/half.jpg", "reason": "of the other plan"}\n')
+    for name in ("cat/half.jpg", "dog/text.png"):
+        (photos / "train" / name).unlink()
+    for _ in range(2):
+        report = pack_folder(photos, tmp_path / "packed", shard_mb=0.1)
+        assert report.damaged == {}
+        assert len(list((tmp_path / "packed/train").glob("*.tar"))) == report.num_shards
+    (tmp_path / "packed/train/manifest.arrow").unlink()
+    assert open_dataset("webdataset", str(tmp_path / "packed"), "train").index.num_rows == 40
+
+
+@pytest.mark.parametrize("target", ["{alias}/out", "{photos}/out", "file://{photos}/out", "{photos}"])
+def test_a_target_in_the_source_is_refused_however_it_is_written(photos, tmp_path, capsys, target):
+    alias = tmp_path / "alias"
+    alias.symlink_to(photos)
+    assert main(["pack", str(photos), target.format(alias=alias, photos=photos), "--workers", "0"]) == 2
+    assert "lies in SRC" in capsys.readouterr().err
+
+
+def test_names_that_a_terminal_would_obey_are_told_escaped(tmp_path, capsys):
+    folder = tmp_path / "photos/train/cat"
+    folder.mkdir(parents=True)
+    write_jpeg(folder / "good.jpg", 40, 50, 0)
+    (folder / os.fsdecode(b"\x1b[2J\n\xff.jpg")).write_bytes(b"no image")
+    assert main(["pack", str(tmp_path / "photos"), str(tmp_path / "packed"), "--workers", "0"]) == 0
+    assert r"damaged: cat/\x1b[2J\n\udcff.jpg: no image" in capsys.readouterr().out
+
+
+def test_a_small_image_that_is_damaged_in_its_shard_is_no_black_image(tmp_path):
+    for number in range(6):
+        folder = tmp_path / "small/train/a"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(encode(picture(32, 32, seed=number), "PNG"))
+    pack_folder(tmp_path / "small", tmp_path / "packed")
+    manifest, _ = open_manifest(str(tmp_path / "packed"), "train", None)
+    path = tmp_path / "packed/train" / manifest.shards[manifest.shard_N[2]].name
+    data = bytearray(path.read_bytes())
+    data[int(manifest.offset_N[2]) + 200] ^= 1
+    path.write_bytes(data)
+    dataset = open_dataset("packed", str(tmp_path / "packed"), "train")
+    assert np.flatnonzero(dataset.index.bad_N).tolist() == [2]
+    assert "checksum" in dataset.index.reasons[2]
+    augment, whole = AugmentConfig(size=32), {"offsets": (0, 6), "device": "cpu", "num_threads": 1}
+    with contextlib.closing(make_loader(dataset, augment, seed=0, global_batch=6, **whole)) as loader:
+        batch = next(loader.batches(0))
+    assert batch.indices_B[~batch.valid_B].tolist() == [2]
+
+
+def tar_of_images(path, labels=()):
+    """Write 8 images, and labels beside the first of them; return where their headers are."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(8):
+            members = {f"{number}.jpg": encode(picture(40, 50, seed=number))}
+            if number < len(labels):
+                members[f"{number}.cls"] = labels[number]
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return [member.offset for member in tar.getmembers()]
+
+
+@pytest.mark.parametrize("damage", ["checksum", "zeros", "cut"])
+def test_a_tar_that_is_damaged_in_its_middle_is_refused(tmp_path, damage):
+    path = tmp_path / "train-0.tar"
+    header = tar_of_images(path)[3]
+    assert open_dataset("webdataset", str(tmp_path), "train").index.num_rows == 8
+    data = bytearray(path.read_bytes())
+    if damage == "checksum":
+        data[header + 150] ^= 1
+    elif damage == "zeros":
+        data[header : header + 512] = bytes(512)
+    path.write_bytes(data[: header + 300] if damage == "cut" else data)
+    with pytest.raises(DatasetError, match=r"train-0.tar is not a whole tar"):
+        open_dataset("webdataset", str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("label", [b"4000000000", b"9" * 25])
+def test_a_label_that_would_need_all_memory_is_refused(tmp_path, label):
+    tar_of_images(tmp_path / "train-0.tar", [label])
+    with pytest.raises(DatasetError, match=r"0\.cls: found label .*expected below 1,048,576"):
+        open_dataset("webdataset", str(tmp_path), "train")
 
 
 def test_a_shard_that_was_cut_short_is_an_error_of_its_images_only(photos, tmp_path):
