@@ -21,6 +21,7 @@ import grpc
 import ray
 import ray._private.worker
 import ray._raylet as raylet
+from ray._private import ray_constants
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -28,6 +29,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from cluster.environment import environment
 
+_UV_VARIABLE = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 CONNECT_TIMEOUT_S = 6.0
 PROBE_TIMEOUT_S = 3.0
 REMOVE_TIMEOUT_S = 5.0
@@ -149,6 +151,10 @@ def _remove(folder: Path) -> None:
 
 
 def _connect(address: str, quiet: bool, folder: Path | None = None) -> None:
+    # Under `uv run` Ray would send the whole working directory, data and secrets in it, to every node and start each
+    # worker there in an environment of its own. Nodes have the project installed (or `ray job submit` brings it).
+    if _UV_VARIABLE not in os.environ:
+        ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     if address != "auto":
         _probe(address)
     try:
