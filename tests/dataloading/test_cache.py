@@ -193,3 +193,11 @@ def test_a_file_where_the_folder_should_be_is_survived(tmp_path, caplog):
 def test_a_negative_limit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least 0"):
         ShardCache(tmp_path, -1)
+
+
+@pytest.mark.parametrize("key", ["/etc/passwd", "../outside", "a/../../outside"])
+def test_a_key_that_would_leave_the_cache_is_refused(tmp_path, key):
+    cache = ShardCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="expected a relative path below it"):
+        cache.fetch(key, 4, lambda descriptor: os.write(descriptor, b"evil"), 0.0)
+    assert not (tmp_path / "outside").exists()

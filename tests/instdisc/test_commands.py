@@ -18,10 +18,11 @@ from tiny_data import write_cifar10
 
 import instdisc
 from cluster.worker import run_local
+from dataloading.scanned import scan_dataset
 from instdisc.cli.main import main
 from instdisc.images import open_images
-from instdisc.runs import Run
-from instdisc.train.image_sets import open_test_set, require_same_images
+from instdisc.runs import Run, RunError
+from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
 
 TINY = [
     *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
@@ -238,6 +239,33 @@ def test_ranks_with_other_images_are_told(tmp_path):
     places = [str(write_cifar10(tmp_path / str(rank), 96 + rank, 20)) for rank in range(2)]
     with pytest.raises(Exception, match="rank 1 has other training images than rank 0"):
         run_local(open_own_images, 2, places)
+
+
+def test_headers_are_read_by_one_rank_at_the_first_start_only(tmp_path):
+    for number in range(6):
+        path = tmp_path / "photos/train" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (100 + number, 120)).save(path)
+    for scanned in ([True, False], [False, False]):
+        assert run_local(open_and_tell, 2, str(tmp_path / "photos"), str(tmp_path / "run")) == scanned
+    Image.new("RGB", (99, 99)).save(tmp_path / "photos/train/7.png")
+    with pytest.raises(RunError, match=r"started on other images.*1 added \(7\.png\)"):
+        run_local(open_and_tell, 1, str(tmp_path / "photos"), str(tmp_path / "run"))
+
+
+def open_and_tell(worker, root, uri):
+    scanned = []
+
+    def scan(*args, **more):
+        scanned.append(True)
+        return scan_dataset(*args, **more)
+
+    config = instdisc.recipe("quickstart", **{"data.root": root, "data.kind": "auto"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dataloading.folder.scan_dataset", scan)
+        dataset = open_train_set(worker, config, Run(uri))
+    assert dataset.index.widths_N.tolist() == [100, 101, 102, 103, 104, 105]
+    return bool(scanned)
 
 
 def open_own_images(worker, places):
