@@ -77,17 +77,21 @@ def write_manifest(path: Path, num_rows: int) -> None:
     )
     sizes = np.full(num_shards, ROWS_PER_SHARD)
     sizes[-1] = num_rows - ROWS_PER_SHARD * (num_shards - 1)
+    # As `pack` does it: shards hold the images in a random order.
+    row_of_place_N = np.random.default_rng(0).permutation(num_rows)
+    place_N = np.empty_like(row_of_place_N)
+    place_N[row_of_place_N] = numbers
     pieces = tuple(f"{piece:032x}" for piece in range(8))
     ShardManifest(
         index=index,
         shards=tuple(Shard(f"{i:06d}.tar", 64_000_000, int(size), pieces) for i, size in enumerate(sizes)),
-        shard_N=(numbers // ROWS_PER_SHARD).astype(np.int32),
-        offset_N=numbers % ROWS_PER_SHARD * 100_000,
+        shard_N=(place_N // ROWS_PER_SHARD).astype(np.int32),
+        offset_N=place_N % ROWS_PER_SHARD * 100_000,
         length_N=lengths_N,
         checksum_N=np.zeros(num_rows, dtype=f"V{CHECKSUM_BYTES}"),
-        row_of_place_N=numbers[::-1].copy(),
+        row_of_place_N=row_of_place_N,
         digest_of="list",
-        fingerprint="made up",
+        fingerprint="0" * 32,
     ).save(path)
 
 
