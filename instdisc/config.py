@@ -25,10 +25,6 @@ from instdisc.config_sections import (
 )
 from instdisc.overrides import apply_overrides, from_plain
 
-# torch 2.15.0 on a CPU (2026-11-23): the backward pass of channels_last networks of 4, 5 or 6 channels hangs or kills
-# the process (signals 6 and 11); with 8, 10, 12 and 16 it runs.
-MIN_CHANNELS_LAST = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -52,12 +48,6 @@ class TrainConfig:
         check(
             "config",
             ("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to 2^63 - 1"),
-            (
-                "system.channels_last",
-                self.system.channels_last,
-                self.system.channels_last != "on" or self.model.min_channels >= MIN_CHANNELS_LAST,
-                f"auto or off with fewer than {MIN_CHANNELS_LAST} channels: torch's backward pass dies",
-            ),
             (
                 "augment.num_views",
                 self.augment.num_views,

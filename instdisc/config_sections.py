@@ -299,7 +299,8 @@ class SystemConfig:
     """"float32", "bfloat16" (autocast) or "auto": bfloat16 on GPUs that have it, float32 elsewhere."""
     channels_last: str = "auto"
     """"on", "off" or "auto": on for GPUs. On CPUs it is a quarter faster, but sums in an order that depends on the
-    threads, so that runs on different numbers of workers agree to fewer digits."""
+    threads, so that runs on different numbers of workers agree to fewer digits; nets of fewer than 16 channels stay
+    channels first there, because torch's backward pass corrupts memory."""
     log_every: int = 20
     """Most steps between reads of the metrics, the only moments at which the host waits for the device; slow steps
     are read every few seconds."""

@@ -27,10 +27,10 @@ from instdisc.benchmark.peak_memory import HOW, peak_bytes
 from instdisc.benchmark.plain_data import PlainData, PlainDataSettings, plain_data_settings
 from instdisc.benchmark.plain_loop import NEGATIVES, PlainLoop, PlainSettings, plain_settings
 from instdisc.benchmark.timed_steps import LoaderBatches, PreparedBatches, Source, TimedSteps
-from instdisc.config import MIN_CHANNELS_LAST, TrainConfig
+from instdisc.config import TrainConfig
 from instdisc.images import open_images
 from instdisc.train.plan import BatchPlan
-from instdisc.train.state import build_state
+from instdisc.train.state import MIN_CHANNELS_LAST_ON_CPU, build_state
 from instdisc.train.step import Stepper
 
 NUM_PREPARED, SWEEP_ROUNDS, MOST_SWEEP_STEPS = 4, 3, 5
@@ -102,9 +102,10 @@ class _Bench:
         """Return the alternative's fastest settings for a form of negatives, and the whole sweep."""
         tried = {s.name: s for s in plain_settings(form, with_compile=self.benchmark.full_sweep)}
         self.say(f"sweep of the plain loop's settings ({self._form(form)}):")
-        if self.worker.device.type == "cpu" and self.config.model.min_channels < MIN_CHANNELS_LAST:
+        if self.worker.device.type == "cpu" and self.config.model.min_channels < MIN_CHANNELS_LAST_ON_CPU:
             tried = {name: s for name, s in tried.items() if not s.channels_last}
-            self.say(f"  channels_last: left out, torch crashes on CPUs with fewer than {MIN_CHANNELS_LAST} channels")
+            fewer = f"fewer than {MIN_CHANNELS_LAST_ON_CPU} channels"
+            self.say(f"  channels_last: left out, torch crashes on CPUs with {fewer}")
         best, swept = self._sweep({name: self._plain_builder(settings) for name, settings in tried.items()})
         return tried[best], swept
 

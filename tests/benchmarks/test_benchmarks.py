@@ -21,7 +21,7 @@ from instdisc.recipes import recipe
 
 TINY = {
     "data.max_rows": "60",
-    "model.width": "8",
+    "model.width": "16",
     "model.blocks": "1",
     "model.feature_dim": "8",
     "optim.global_batch": "8",
