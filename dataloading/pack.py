@@ -24,9 +24,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, list_digest
-from dataloading.pack_unit import REPORTS, PackTask, UnitReport, labels_of, pack_unit, report_key
+from dataloading.pack_unit import PackTask, UnitReport, labels_of, pack_unit, report_key
 from dataloading.philox import Purpose, words
-from dataloading.shards import DAMAGED, MANIFEST, Shard, ShardManifest, fingerprint_of, load_manifest
+from dataloading.shards import DAMAGED, MANIFEST, PLAN, REPORTS, Shard, ShardManifest, fingerprint_of, load_manifest
 from dataloading.sources import SourceImages
 from dataloading.storage import Objects, ParallelMap
 
@@ -156,7 +156,7 @@ class _Plan:
                 f"{self.target.uri}/{self.folder}: found {len(tars)} tars ({', '.join(tars[:3])}…) without a manifest, "
                 "expected an empty folder, since shards would replace them; remove them, or choose another place"
             )
-        self.target.put(f"{self.folder}{REPORTS}/plan", self.name.encode())
+        self.target.put(f"{self.folder}{PLAN}", self.name.encode())
 
     def reported_units(self) -> dict[int, int]:
         """Return the units of this plan that are done, with the bytes of their shards."""

@@ -21,10 +21,8 @@ from PIL import Image
 
 from dataloading import headers
 from dataloading.index import DatasetError, Reader, image_checksum
-from dataloading.shards import PIECE_BYTES, Shard
+from dataloading.shards import PIECE_BYTES, REPORTS, Shard
 from dataloading.storage import Objects
-
-REPORTS = ".parts"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from dataloading.headers import BadHeader, Progress, all_small, scan
 from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, image_checksum, require_same
 from dataloading.listing import SPLIT_NAMES, check_links, contents, existing_root
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
-from dataloading.shards import MANIFEST, PIECE_BYTES, ShardManifest, fingerprint_of, load_manifest
+from dataloading.shards import MANIFEST, PIECE_BYTES, PLAN, ShardManifest, fingerprint_of, load_manifest
 from dataloading.storage import Objects, Storage, is_remote, local_path
 
 _HEAD_BYTES = 64 << 10
@@ -64,6 +64,7 @@ def open_manifest(root: str | None, split: str, storage: Storage | None) -> tupl
             # Mapped, not read: workers of a machine share its pages.
             manifest = load_manifest(str(file), pa.memory_map(str(file)).read_buffer())
             return manifest, LocalShards(file.parent, [shard.name for shard in manifest.shards])
+    require_whole(str(path), (*SPLIT_NAMES[split], ""), lambda key: (path / key).is_file())
     expected = " or ".join(str(path / name / MANIFEST) for name in SPLIT_NAMES[split])
     raise NoSplit(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
 
@@ -71,6 +72,30 @@ def open_manifest(root: str | None, split: str, storage: Storage | None) -> tupl
 def packed_splits(path: Path) -> list[str]:
     """Return the splits that are packed in a local folder."""
     return [split for split, names in SPLIT_NAMES.items() if any((path / name / MANIFEST).is_file() for name in names)]
+
+
+def require_whole(where: str, folders: Iterable[str], exists: Callable[[str], bool]) -> None:
+    """Raise DatasetError where the packing of one of `folders` (relative to `where`) was begun and not ended.
+
+    Its tars alone would be taken for a whole WebDataset. exists(key): whether there is a file, relative to `where`.
+    """
+    for folder in folders:
+        prefix = f"{folder}/" if folder else ""
+        # The manifest is asked for last: a packing that ends meanwhile writes it before it removes the plan.
+        if exists(f"{prefix}{PLAN}") and not exists(f"{prefix}{MANIFEST}"):
+            place = where.rstrip("/")
+            raise DatasetError(
+                f"{place} is not packed to the end ({place}/{prefix}{PLAN}): found no {prefix}{MANIFEST}; give the "
+                "instdisc pack command again, or wait for the one that is running"
+            )
+
+
+def _is_object(objects: Objects, key: str) -> bool:
+    try:
+        objects.size(key)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardManifest, _Shards]:
@@ -85,6 +110,7 @@ def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardM
         manifest = load_manifest(f"{root.rstrip('/')}/{key}", _remote_buffer(objects, key, num_bytes, storage))
         source = RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
         return manifest, source
+    require_whole(root, SPLIT_NAMES[split], lambda key: _is_object(objects, key))
     expected = " or ".join(f"{root.rstrip('/')}/{name}/{MANIFEST}" for name in SPLIT_NAMES[split])
     raise NoSplit(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
 

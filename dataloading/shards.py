@@ -3,6 +3,7 @@
     ROOT/<split>/000000.tar …   plain tar files of some 64 MB; any tar program and WebDataset read them
     ROOT/<split>/manifest.arrow the images in row order: where each lies, what it is, and its checksum
     ROOT/<split>/damaged.jsonl  images that were left out or marked, with the reason; only where there are any
+    ROOT/<split>/.parts/        plan and reports of a packing that is under way or was interrupted
 
 The manifest is an uncompressed Arrow IPC file of one record batch, so that processes of a machine map it and share its
 pages: an index of 100 million images costs a worker no memory of its own.
@@ -27,6 +28,10 @@ from numpy.typing import NDArray
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
 
 MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
+REPORTS = ".parts"
+"""Folder of what packing leaves until the manifest is written."""
+PLAN = f"{REPORTS}/plan"
+"""Its first file: a folder that has it and no manifest was not packed to the end."""
 PIECE_BYTES = 8 << 20
 """Shards are read and checked in pieces of this size."""
 FORMAT = "instdisc shards 1"

@@ -14,7 +14,7 @@ from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Reader, dataset_of_pixels, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.objects import list_objects, open_objects
-from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage
+from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage, require_whole
 from dataloading.parquet import list_parquet, open_parquet, parquet_files
 from dataloading.pixels import PixelsReader
 from dataloading.shard_reader import ShardReader
@@ -35,6 +35,8 @@ class SourceImages:
 
 SCANNED_KINDS = ("folder", "webdataset")
 """Opened without a saved index, images of these kinds have their headers read, one after the other."""
+_SPLIT_FOLDERS = (*(name for names in SPLIT_NAMES.values() for name in names), "")
+"""Where packed images may lie below a root."""
 
 
 def open_dataset(
@@ -159,6 +161,7 @@ def _recognise_remote(root: str, storage: Storage | None) -> str:
                 objects.size(f"{name}/{MANIFEST}")
                 return "packed"
     keys = [key for key, _ in objects.list_sizes()]
+    require_whole(root, _SPLIT_FOLDERS, set(keys).__contains__)
     if not keys:
         raise DatasetError(f"data root {root}: found no objects; correct the URI, or put images there")
     has_tars = any(key.endswith(".tar") for key in keys)
@@ -189,6 +192,7 @@ def recognise(root: str | None) -> str:
         raise DatasetError(f"data root {path}: found a file, expected a folder or a .parquet file")
     if packed_splits(path):
         return "packed"
+    require_whole(str(path), _SPLIT_FOLDERS, lambda key: (path / key).is_file())
     for kind, cifar in KINDS.items():
         for folder in (path, path / cifar.folder):
             if any((folder / names[0]).is_file() for names in cifar.files.values()):

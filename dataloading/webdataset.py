@@ -27,7 +27,7 @@ from dataloading.index import (
     require_same,
 )
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
-from dataloading.packed import require_storage
+from dataloading.packed import require_storage, require_whole
 from dataloading.scanned import scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import Shard, fingerprint_of
@@ -77,6 +77,7 @@ def list_webdataset(
         objects = require_storage(root, storage)
         sizes = dict(objects.list_sizes())
         names = tars_of_split((key for key in sizes if key.endswith(".tar")), split)
+        require_whole(where, _folders(names, split), sizes.__contains__)
         shards = [Shard(name, sizes[name], 0, ()) for name in names]
         fingerprint = fingerprint_of(objects.uri.encode(), repr([(s.name, s.num_bytes) for s in shards]).encode())
         source = RemoteShards(objects, "", shards, None, fingerprint)
@@ -84,6 +85,7 @@ def list_webdataset(
     else:
         path = existing_root(None if root is None else local_path(root), "webdataset")
         names = tars_of_split((name for name, _ in list_files(path, path, {".tar"})), split)
+        require_whole(str(path), _folders(names, split), lambda key: (path / key).is_file())
         shards = [Shard(name, (path / name).stat().st_size, 0, ()) for name in names]
         source = LocalShards(path, names)
         found_here = contents(path)
@@ -118,6 +120,12 @@ def tars_of_split(names: Iterable[str], split: str) -> list[str]:
             return mine
     named = any(is_of(name, other) for name in tars for others in SPLIT_NAMES.values() for other in others)
     return tars if split == "train" and not named else []
+
+
+def _folders(tars: list[str], split: str) -> list[str]:
+    """Return the folders that tars of a split are in or would be in."""
+    parents = (name.rpartition("/")[0] for name in tars)
+    return list(dict.fromkeys((*parents, *SPLIT_NAMES[split])))
 
 
 def _reader(source: LocalShards | RemoteShards, members: list[_Member]) -> ShardReader:

@@ -59,13 +59,12 @@ def run(options: argparse.Namespace) -> int:
     source, target = (absolute(place) for place in (options.source, options.target))
     if _lies_in(target, source):
         raise DatasetError(f"DST {target} lies in SRC {source}: shards would become images; choose another place")
-    started_s, documents = time.monotonic(), []
+    started_s, documents, missing = time.monotonic(), [], None
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
             images = list_images(options.kind, source, split, storage=storage_of())
-        except NoSplit:
-            if options.split != "all" or (split == SPLITS[-1] and not documents):
-                raise
+        except NoSplit as error:
+            missing = missing or error
             continue
         in_order = options.no_shuffle or images.index.source.startswith(("webdataset", "parquet"))
         progress = Progress()
@@ -95,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
                 "bad": packed.damaged,
             }
         )
+    if missing is not None and not documents:
+        raise missing
     document = {"target": target, "splits": documents, "seconds": round(time.monotonic() - started_s, 2)}
     print(json.dumps(document, indent=1) if options.json else _as_text(document, options.keep_bad))
     return 0

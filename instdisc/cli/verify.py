@@ -33,22 +33,29 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Check, telling the progress on standard error, and print what is wrong."""
     from cluster.parallel import ProcessMap
-    from dataloading.index import NoSplit
+    from dataloading.index import DatasetError, NoSplit
     from dataloading.packed import open_manifest
+    from dataloading.shards import MANIFEST
     from dataloading.verify import verify
     from instdisc.images import storage_of
     from instdisc.launch import absolute
     from instdisc.progress import ImagesTold, Progress
 
     parallel = ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
-    started_s, num_images, problems = time.monotonic(), 0, {}
+    started_s, num_images, problems, opened = time.monotonic(), 0, {}, {}
+    target = absolute(options.target)
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
-            manifest, source = open_manifest(absolute(options.target), split, storage_of())
+            opened[split] = open_manifest(target, split, storage_of())
         except NoSplit:
-            if options.split != "all" or (split == SPLITS[-1] and not problems):
+            if options.split != "all":
                 raise
-            continue
+    if not opened:
+        raise DatasetError(
+            f"no packed images in {target}: found neither {' nor '.join(f'{split}/{MANIFEST}' for split in SPLITS)}; "
+            f"correct the path or URI, or pack images there (instdisc pack SRC {target})"
+        )
+    for split, (manifest, source) in opened.items():
         progress = Progress()
         try:
             problems[split] = list(verify(manifest, source, parallel, ImagesTold(progress.update, f"checking {split}")))

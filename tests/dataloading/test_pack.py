@@ -21,7 +21,7 @@ from made_images import encode, picture
 from cluster.parallel import ProcessMap
 from cluster.store import Store
 from dataloading.augment import AugmentConfig
-from dataloading.index import DatasetError
+from dataloading.index import DatasetError, NoSplit
 from dataloading.loader import make_loader
 from dataloading.order import OrderConfig
 from dataloading.pack import pack
@@ -211,6 +211,58 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(photos, tmp_path):
     report = pack_folder(photos, tmp_path / "killed", shard_mb=0.01)
     assert report.was_packed
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def pack_and_be_killed(source, target):
+    """Pack a train split in another process, which is killed after two of its shards."""
+    script = (
+        "import os, signal, sys\n"
+        "from itertools import islice\n"
+        "from cluster.store import Store\n"
+        "from dataloading.pack import pack\n"
+        "from dataloading.sources import list_images\n"
+        "def be_killed(function, items):\n"
+        "    yield from map(function, islice(items, 2))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "images = list_images('auto', sys.argv[1], 'train')\n"
+        "pack(images, Store(sys.argv[2]), 'train', parallel=be_killed, shard_mb=0.02)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(source), str(target)]).returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("kind", ["auto", "webdataset", "packed"])
+def test_a_pack_that_was_killed_is_not_taken_for_a_whole_webdataset(photos, tmp_path, capsys, kind):
+    target = tmp_path / "packed"
+    pack_and_be_killed(photos, target)
+    assert len(list((target / "train").glob("*.tar"))) == 2
+    assert main(["index", str(target), "--kind", kind]) == 2
+    found = capsys.readouterr()
+    assert f"not packed to the end ({target}/train/.parts/plan)" in found.err
+    assert "give the instdisc pack command again" in found.err
+    assert found.out == ""
+    pack_folder(photos, target)
+    assert main(["index", str(target), "--kind", kind]) == 0
+
+
+def test_a_split_that_was_not_packed_to_the_end_is_no_missing_split(photos, tmp_path, capsys):
+    target = tmp_path / "packed"
+    pack_folder(photos, target)
+    (target / "train").rename(target / "test")
+    pack_and_be_killed(photos, target)
+    assert main(["verify", str(target), "--workers", "0"]) == 2
+    assert f"not packed to the end ({target}/train/.parts/plan)" in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="not packed to the end") as caught:
+        open_dataset("auto", str(target), "train")
+    assert not isinstance(caught.value, NoSplit)
+    assert open_dataset("auto", str(target), "test").index.num_rows == 40
+
+
+def test_verify_names_both_splits_where_neither_is_there(photos, capsys):
+    assert main(["verify", str(photos), "--workers", "0"]) == 2
+    told = capsys.readouterr().err
+    assert f"no packed images in {photos}" in told
+    assert "train/manifest.arrow nor test/manifest.arrow" in told
+    assert f"instdisc pack SRC {photos}" in told
 
 
 def test_what_is_packed_already_is_not_packed_again_and_other_images_are_refused(photos, tmp_path):

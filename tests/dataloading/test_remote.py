@@ -27,6 +27,7 @@ from dataloading.pack import pack
 from dataloading.sources import list_images, open_dataset
 from dataloading.storage import Storage
 from dataloading.verify import verify
+from instdisc.cli.main import main
 
 NUM, GLOBAL_BATCH, BUCKET = 90, 16, "s3://images"
 BLOCK = OrderConfig("block", lanes=4, window=2)
@@ -294,6 +295,28 @@ def test_tars_on_the_server_are_read_in_place(packed):
     by_name = {name.split(".tar/", 1)[1]: row for row, name in enumerate(tars.index.names)}
     for row in range(0, NUM, 17):
         assert tars.read(by_name[far.index.names[row]]) == far.read(row)
+
+
+@pytest.mark.parametrize("kind", ["auto", "webdataset", "packed"])
+def test_a_pack_to_the_server_that_was_interrupted_is_not_taken_for_a_whole_webdataset(packed, folder, kind):
+    uri = f"{BUCKET}/interrupted-{kind}"
+
+    def end_after_two(function, items):
+        yield from map(function, islice(items, 2))
+        raise KeyboardInterrupt
+
+    images = list_images("auto", str(folder), "train")
+    with pytest.raises(KeyboardInterrupt):
+        pack(images, Store(uri), "train", parallel=end_after_two, shard_mb=0.1)
+    with pytest.raises(DatasetError, match=r"not packed to the end \(s3://.*/train/\.parts/plan\)"):
+        open_dataset(kind, uri, "train", storage=storage())
+    pack(images, Store(uri), "train", parallel=ProcessMap(0), shard_mb=0.1)
+    assert open_dataset(kind, uri, "train", storage=storage()).index.num_rows == NUM
+
+
+def test_verify_names_both_splits_where_a_uri_is_mistyped(packed, capsys):
+    assert main(["verify", f"{packed}-not", "--workers", "0"]) == 2
+    assert "train/manifest.arrow nor test/manifest.arrow; correct the path or URI" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
