@@ -62,8 +62,9 @@ class Store:
     """Objects under a URI: a path, file://, memory://, s3:// or another protocol of fsspec. Safe in threads; pickles
     as its URI.
 
-    Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative. Reads are
-    tried again, for minutes, where a remote storage answered before and does not now.
+    Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative; what is
+    written has a plain key (`check_key`), what is read may have any that lies inside. Reads are tried again, for
+    minutes, where a remote storage answered before and does not now.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
@@ -113,7 +114,8 @@ class Store:
     def get(self, key: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Return an object's bytes [start, stop), fewer where it ends before. ObjectMissingError if there is none."""
         with self._explained("read", key):
-            return self._patience.call(lambda: self._backend().get(self._path(key), start, stop))
+            path = self._path_to_read(key)
+            return self._patience.call(lambda: self._backend().get(path, start, stop))
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted. What interrupted writers left never appears."""
@@ -136,7 +138,8 @@ class Store:
     def size(self, key: str) -> int:
         """Return an object's size in bytes. ObjectMissingError if there is none."""
         with self._explained("read the size of", key):
-            return self._patience.call(lambda: self._backend().size(self._path(key)))
+            path = self._path_to_read(key)
+            return self._patience.call(lambda: self._backend().size(path))
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object under the key."""
@@ -153,6 +156,10 @@ class Store:
 
     def _path(self, key: str) -> str:
         check_key(key)
+        return f"{self.root.rstrip('/')}/{key}"
+
+    def _path_to_read(self, key: str) -> str:
+        _check_inside(key)
         return f"{self.root.rstrip('/')}/{key}"
 
     def _backend(self) -> _Backend:
@@ -221,10 +228,26 @@ class _Remote:
 
 
 def check_key(key: str) -> None:
-    """Raise ValueError unless `key` is a relative path without '.', '..', empty or temporary parts."""
+    """Raise ValueError unless `key` may be written: a relative path without '.', '..', empty or temporary parts.
+
+    Nor may it hold characters that look like others or like nothing: a person has to find it.
+    """
+    _check_inside(key)
     for part in key.removesuffix("/").split("/"):
-        if part in ("", ".", "..") or part.startswith(TEMPORARY) or "\\" in part or not part.isprintable():
+        if part.startswith(TEMPORARY) or "\\" in part or not part.isprintable():
             raise ValueError(f"key: found {key!r}, expected a relative path such as 'attempts/000001.json'")
+
+
+def _check_inside(key: str) -> None:
+    """Raise ValueError for a key that is absolute, or that a folder would take for a place outside of it or twice.
+
+    A bucket has keys that a folder cannot have ("a//b.jpg"): they are refused too.
+    """
+    if not {"", ".", ".."}.isdisjoint(key.removesuffix("/").split("/")):
+        raise ValueError(
+            f"key: found {key!r}, expected a relative path without empty parts, '.' and '..', such as "
+            "'attempts/000001.json'; rename the object"
+        )
 
 
 def _split(uri: str) -> tuple[str, str]:

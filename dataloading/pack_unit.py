@@ -103,7 +103,7 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
         for number, name in enumerate(task.names):
             try:
                 encoded = task.read(number)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 encoded, looked = b"", PackedImage(reason=f"cannot be read: {error}"[:200])
                 num_unread += 1
             else:

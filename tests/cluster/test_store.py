@@ -9,6 +9,7 @@ import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import fsspec
 import pytest
 
 from cluster.store import ObjectMissingError, Store, StoreError
@@ -117,6 +118,29 @@ def test_a_missing_object_is_named(store):
 def test_keys_that_are_not_plain_relative_paths_are_refused(store, key):
     with pytest.raises(ValueError, match="expected a relative path"):
         store.put(key, b"")
+
+
+@pytest.mark.parametrize("key", ["a\tb\nc", "9.41\u202fAM", "a\u00a0b", "a\\b", "\x1b[31m", "\udcff", "x/.tmp-y"])
+def test_objects_that_others_gave_odd_names_are_read(tmp_path, key):
+    path = tmp_path / key
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"0123")
+    memory = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").pipe_file(f"{memory}/{key}", b"0123")
+    for store in (Store(tmp_path), Store(memory)):
+        assert (store.get(key), store.get(key, 1, 3), store.size(key)) == (b"0123", b"12", 4)
+        with pytest.raises(ValueError, match="expected a relative path"):
+            store.put(key, b"")
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "./a", "a/..", "."])
+def test_nothing_outside_of_the_store_is_read(tmp_path, key):
+    store = Store(tmp_path / "run")
+    store.put("a", b"")
+    (tmp_path / "x").write_bytes(b"secret")
+    for read in (store.get, store.size):
+        with pytest.raises(ValueError, match="expected a relative path"):
+            read(key)
 
 
 def test_a_store_means_the_same_place_in_every_process(store, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -305,6 +306,26 @@ def test_images_that_are_all_damaged_or_gone_are_no_data_set(photos, tmp_path):
         path.unlink()
     with pytest.raises(DatasetError, match=r"none of .* images can be read"):
         pack(images, Store(str(tmp_path / "gone")), "train", parallel=HERE)
+
+
+def test_an_image_whose_name_cannot_be_read_is_damaged_and_others_are_packed(photos, tmp_path):
+    images = list_images("auto", str(photos), "train")
+
+    class Refuses:
+        is_remote = False
+
+        def __call__(self, row):
+            if row == 3:
+                raise ValueError("key: found 'a//b.jpg'")
+            return images.read(row)
+
+        def subset(self, rows_R):
+            read = images.read.subset(rows_R)
+            return lambda row: self(3) if rows_R[row] == 3 else read(row)
+
+    report = pack(replace(images, read=Refuses()), Store(str(tmp_path / "packed")), "train", parallel=HERE)
+    assert report.num_rows == 39
+    assert report.damaged[images.index.names[3]] == "cannot be read: key: found 'a//b.jpg'"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

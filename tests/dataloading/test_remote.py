@@ -11,6 +11,7 @@ import threading
 import time
 from itertools import islice
 
+import botocore.session
 import numpy as np
 import pytest
 from made_images import encode, picture
@@ -282,6 +283,27 @@ def test_loose_objects_are_read_like_the_folder(server, folder):
         parallel=ProcessMap(2), shard_mb=0.1,
     )  # fmt: skip
     assert packed_again.digest == open_dataset("auto", str(folder), "train").index.digest
+
+
+ODD_NAMES = ("9.41\u202fAM.jpg", "no-break\u00a0space.jpg", "tab\tnewline\n.jpg", "50% #1 ü?.jpg")
+
+
+def test_objects_with_odd_names_are_images_like_others(server, folder, tmp_path):
+    uri = f"{BUCKET}/odd"
+    files = sorted(folder.rglob("*.jpg"))[: len(ODD_NAMES)]
+    client = botocore.session.get_session().create_client("s3", endpoint_url=server.endpoint)
+    for name, path in zip(ODD_NAMES, files, strict=True):
+        client.put_object(Bucket=BUCKET.removeprefix("s3://"), Key=f"odd/{name}", Body=path.read_bytes())
+    far = open_dataset("auto", uri, "train", storage=storage())
+    assert sorted(far.index.names) == sorted(ODD_NAMES)
+    assert far.index.reasons == {}
+    source = list_images("auto", uri, "train", storage=storage())
+    report = pack(source, Store(str(tmp_path)), "train", parallel=ProcessMap(0), shard_mb=0.1)
+    assert report.damaged == {}
+    near = open_dataset("auto", str(tmp_path), "train")
+    assert near.index.digest == far.index.digest
+    by_name = dict(zip(ODD_NAMES, files, strict=True))
+    assert [near.read(row) for row in range(4)] == [by_name[name].read_bytes() for name in near.index.names]
 
 
 def test_tars_on_the_server_are_read_in_place(packed):
