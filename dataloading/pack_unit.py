@@ -100,7 +100,7 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
     images: list[PackedImage] = []
     num_unread = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for number, name in enumerate(task.names):
+        for number, (name, sample) in enumerate(zip(task.names, sample_names(task.names), strict=True)):
             try:
                 encoded = task.read(number)
             except (OSError, ValueError) as error:
@@ -111,10 +111,9 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
             if looked.reason and not task.keep_bad:
                 images.append(looked)
                 continue
-            stem, member = member_name(name, encoded)
-            offset = _add(tar, buffer, member, encoded)
+            offset = _add(tar, buffer, f"{sample}{_ending(name, encoded)}", encoded)
             if task.labels is not None:
-                _add(tar, buffer, f"{stem}.cls", str(task.labels[number]).encode())
+                _add(tar, buffer, f"{sample}.cls", str(task.labels[number]).encode())
             checksum = base64.b64encode(image_checksum(encoded)).decode()
             images.append(PackedImage(looked.height, looked.width, len(encoded), offset, checksum, looked.reason))
     if num_unread == len(task.names) > 1:
@@ -146,17 +145,41 @@ def look_at(encoded: bytes) -> PackedImage:
     return PackedImage(height, width, len(encoded))
 
 
-def member_name(name: str, encoded: bytes) -> tuple[str, str]:
-    """Return the name of an image in the tar without and with its ending: the source's, or its format's."""
-    path = PurePosixPath(name)
-    if path.suffix.lower() in headers.EXTENSIONS:
-        return name[: -len(path.suffix)], name
+def sample_names(names: Sequence[str]) -> list[str]:
+    """Return the names of a shard's images in the tar, without their endings: those of the source where they serve.
+
+    WebDataset takes members whose names agree up to the first dot of their last part for one sample. So dots become
+    "_", and images that would share a name ("x.jpg", "x.jpeg") are numbered. The manifest keeps the source's names.
+    """
+    stems = [name.removesuffix(_known_ending(name)) for name in names]
+    plain = [f"{folder}{slash}{last.replace('.', '_')}" for folder, slash, last in (s.rpartition("/") for s in stems)]
+    # Names that can stay do, whoever else would like to have them.
+    taken = {stem: place for place, stem in reversed(list(enumerate(stems))) if stem == plain[place]}
+    found = []
+    for place, stem in enumerate(plain):
+        sample, number = stem, 1
+        while taken.setdefault(sample, place) != place:
+            number += 1
+            sample = f"{stem}-{number}"
+        found.append(sample)
+    return found
+
+
+def _known_ending(name: str) -> str:
+    ending = PurePosixPath(name).suffix
+    return ending if ending.lower() in headers.EXTENSIONS else ""
+
+
+def _ending(name: str, encoded: bytes) -> str:
+    """Return the ending of an image's member: the source's, or its format's."""
+    if ending := _known_ending(name):
+        return ending
     try:
         with Image.open(io.BytesIO(encoded), formats=headers.FORMATS) as image:
             ending = (image.format or "img").lower()
     except Exception:  # a damaged image that is packed all the same
         ending = "img"
-    return name, f"{name}.{ending}"
+    return f".{ending}"
 
 
 def _add(tar: tarfile.TarFile, buffer: io.BytesIO, name: str, data: bytes) -> int:

@@ -2,7 +2,8 @@
 
 A sample is the members of a tar that share a name up to the first dot of their last part; its image is the member with
 an image's ending, its label the whole number in the member `cls`. A row's name is the tar and the member; rows are in
-the order of tars and members. Other members are ignored.
+the order of tars and members. Other members are ignored, but a sample with a second image is refused: which of them is
+meant is not known.
 """
 
 from __future__ import annotations
@@ -170,7 +171,9 @@ def _members(where: str, source: LocalShards | RemoteShards, number: int, shard:
                     if image is not None:
                         yield replace(image, label=label)
                     key, image, label = (folder, stem), None, None
-                if "." + ending.rpartition(".")[2].lower() in EXTENSIONS and image is None:
+                if "." + ending.rpartition(".")[2].lower() in EXTENSIONS:
+                    if image is not None:
+                        raise _two_images(where, image.name, f"{shard.name}/{member.name}")
                     image = _Member(f"{shard.name}/{member.name}", number, member.offset_data, member.size, None)
                 elif ending == "cls" and member.size <= _MAX_LABEL_BYTES:
                     label = _label(f"{where}/{member.name}", tar.extractfile(member))
@@ -179,6 +182,14 @@ def _members(where: str, source: LocalShards | RemoteShards, number: int, shard:
             _check_end(source, number, shard, tar.offset)
     except tarfile.TarError as error:
         raise DatasetError(f"{where} is not a whole tar file ({error}); fetch or write it again") from error
+
+
+def _two_images(where: str, first: str, second: str) -> DatasetError:
+    return DatasetError(
+        f"{where}: found two images in one sample, {first!r} and {second!r}: in WebDataset what agrees up to the first "
+        "dot of the last part is one sample; expected one image in each. Write the images under names of their own, "
+        "or unpack the tars into a folder and pack that"
+    )
 
 
 def _open_tar(source: LocalShards | RemoteShards, number: int, shard: Shard) -> tarfile.TarFile:

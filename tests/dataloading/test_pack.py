@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from dataloading.index import DatasetError, NoSplit
 from dataloading.loader import make_loader
 from dataloading.order import OrderConfig
 from dataloading.pack import pack
+from dataloading.pack_unit import sample_names
 from dataloading.packed import open_manifest
 from dataloading.sources import list_images, open_dataset
 from dataloading.verify import verify
@@ -168,6 +170,76 @@ def test_a_packed_set_packs_again_to_the_same_bytes_and_as_a_webdataset_it_has_t
     assert [tars.read(row) for row in range(40)] == [packed.read(row) for row in range(40)]
     assert tars.index.labels_N.tolist() == packed.index.labels_N.tolist()
     assert next(iter(tars.index.names)) == "train/000000.tar/cat/001.jpg"
+
+
+HARD_NAMES = (
+    *(f"cat/img.v{number}.jpg" for number in range(1, 9)),
+    *("dog/x1.jpg", "dog/x1.jpeg", "dog/x1.JPG", "dog/x1-2.jpg", "dog/x1-2-2.png", "dog/a.b.jpg", "dog/a_b.jpg"),
+    *("dog.v2/x1.jpg", "dog.v2/x1.png", "dog.v2/y.tar.jpg", "dog.v2/Zoë 9.41.jpg"),
+)
+
+
+@pytest.fixture
+def hard_names(tmp_path):
+    """Images under names that agree up to their first dot."""
+    root = tmp_path / "hard"
+    for number, name in enumerate(HARD_NAMES):
+        path = root / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(path, 100 + number, 120, seed=number)
+    return root
+
+
+def samples_of(tar_path):
+    """Return the members of a tar by sample as WebDataset groups them: `webdataset.tariterators`, base_plus_ext."""
+    samples, last = [], None
+    with tarfile.open(tar_path) as tar:
+        for member in tar:
+            key, ending = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name, re.DOTALL).groups()
+            if key != last:
+                samples.append({"__key__": key})
+            assert ending.lower() not in samples[-1]
+            samples[-1][ending.lower()] = tar.extractfile(member).read()
+            last = key
+    return samples
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_names_that_agree_up_to_their_first_dot_are_samples_of_their_own(hard_names, tmp_path, shuffle):
+    pack_folder(hard_names, tmp_path / "packed", shuffle=shuffle, shard_mb=1)
+    pack_folder(hard_names, tmp_path / "again", shuffle=shuffle, shard_mb=1, parallel=ProcessMap(2))
+    assert files_of(tmp_path / "packed") == files_of(tmp_path / "again")
+    samples = samples_of(tmp_path / "packed/train/000000.tar")
+    assert len({sample["__key__"] for sample in samples}) == len(samples) == len(HARD_NAMES)
+    label_of = {(hard_names / "train" / n).read_bytes(): n.split("/")[0] for n in HARD_NAMES}
+    classes = ("cat", "dog", "dog.v2")
+    for sample in samples:
+        (image,) = (data for ending, data in sample.items() if ending not in ("__key__", "cls"))
+        assert classes[int(sample["cls"])] == label_of.pop(image)
+    assert not label_of
+    packed, source = (open_dataset("auto", str(root), "train") for root in (tmp_path / "packed", hard_names))
+    assert source.index.difference(packed.index) is None
+    assert packed.index.digest == source.index.digest
+    assert list(packed.index.names) == sorted(HARD_NAMES)
+    assert list(verify(*open_manifest(str(tmp_path / "packed"), "train", None), HERE)) == []
+    (tmp_path / "packed/train/manifest.arrow").unlink()
+    tars = open_dataset("auto", str(tmp_path / "packed"), "train")
+    assert sorted(map(tars.read, range(tars.index.num_rows))) == sorted(map(source.read, range(len(HARD_NAMES))))
+
+
+def test_names_that_serve_stay_as_they_are_whoever_else_would_have_them():
+    names = ["a.b.jpg", "a_b.jpg", "c.jpeg", "c.jpg", "c-2.png", "d.e/f.jpg", "rows.parquet/7", "no.ending"]
+    assert sample_names(names) == ["a_b-2", "a_b", "c", "c-3", "c-2", "d.e/f", "rows.parquet/7", "no_ending"]
+
+
+def test_a_sample_with_a_second_image_is_refused_and_not_dropped(tmp_path):
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/train-000000.tar", "w") as tar:
+        for number, name in enumerate(("a.jpg", "b.v1.jpg", "b.v2.jpg")):
+            write_jpeg(tmp_path / "image.jpg", 100, 100 + number, seed=number)
+            tar.add(tmp_path / "image.jpg", name)
+    with pytest.raises(DatasetError, match=r"two images in one sample, '.*/b\.v1\.jpg' and '.*/b\.v2\.jpg'"):
+        open_dataset("auto", str(tmp_path / "tars"), "train")
 
 
 def test_small_images_keep_their_pixels_and_their_digest(tmp_path):
