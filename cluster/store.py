@@ -23,6 +23,8 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 _CREATING = ("file", "memory", "s3")
 """Protocols on which `create` lets exactly one writer win; from others of fsspec's images are read."""
+_WEB = ("http", "https")
+"""Protocols without a way to list, to write whole objects or to ask for a part and get just that."""
 _S3_CONFIG = {"max_pool_connections": 64, "connect_timeout": 5, "read_timeout": 30}
 _ADVICE = {
     errno.EACCES: "no permission; check the owner and the rights of this place, or choose another URI",
@@ -257,6 +259,11 @@ def _split(uri: str) -> tuple[str, str]:
         protocol, rest = "file", uri
     if protocol not in fsspec.available_protocols():
         raise ValueError(f"URI {uri!r}: found {protocol}://, expected a folder, file://, s3:// or what fsspec knows")
+    if protocol in _WEB:
+        raise ValueError(
+            f"URI {uri!r}: found a web server, which cannot be listed; expected a folder, file://, s3:// or another "
+            "object store of fsspec (gs://, az://). Copy the files to one of these, or name the bucket by its s3:// URI"
+        )
     if not (rest if protocol == "file" else rest.strip("/")):
         raise ValueError(f"URI {uri!r}: found no {'bucket' if protocol == 's3' else 'folder'} in it")
     if protocol == "file":

@@ -160,6 +160,12 @@ def test_a_uri_that_names_no_place_is_refused(uri):
         Store(uri)
 
 
+@pytest.mark.parametrize("uri", ["http://example.org/photos", "https://example.org/photos"])
+def test_a_web_server_is_no_store_and_what_is_one_is_told(uri):
+    with pytest.raises(ValueError, match=r"web server.*expected a folder, file://, s3://"):
+        Store(uri)
+
+
 def test_writers_that_were_killed_leave_nothing_that_is_listed(tmp_path):
     store = Store(tmp_path)
     store.put("dead/part/a", b"")

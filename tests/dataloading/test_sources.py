@@ -23,6 +23,7 @@ from dataloading import cifar, headers
 from dataloading.index import DatasetChanged, DatasetError, DatasetIndex
 from dataloading.parquet_reader import ParquetReader
 from dataloading.sources import open_dataset
+from instdisc.cli.main import main
 
 RNG = np.random.default_rng(0)
 
@@ -421,6 +422,20 @@ def test_the_demo_images_are_a_data_set():
     assert dataset.pixels_NHWC.shape == (dataset.index.num_rows, 32, 32, 3)
     assert dataset.index.labels_N.max() == len(dataset.index.class_names) - 1
     assert open_dataset("demo", None, "test", max_rows=5).index.num_rows == 5
+
+
+def test_a_web_server_is_refused_by_every_command_that_reads_images(tmp_path, http_root, capsys):
+    train = ["train", "imagenet-npid-r18", "--workers", "0", "--launcher", "local", "--run", str(tmp_path / "run")]
+    for command in (
+        ["index", f"{http_root}/photos"],
+        ["verify", f"{http_root}/photos"],
+        ["pack", f"{http_root}/photos", str(tmp_path / "packed")],
+        [*train, "--data.root", f"{http_root}/photos"],
+    ):
+        assert main(command) == 2, command
+        told = capsys.readouterr().err
+        assert "found a web server" in told
+        assert "expected a folder, file://, s3://" in told
 
 
 def test_mistakes_are_named(tmp_path, photos):
