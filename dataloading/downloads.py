@@ -1,8 +1,9 @@
-"""Downloads a data set's shards into the cache ahead of the training that reads them.
+"""Downloads a data set's shards into the cache ahead of the training or the evaluation that reads them.
 
 In block order the shards that a worker reads, and when, follow from the order: they are fetched in that order, and each
 is marked with the time of its next use, so that the cache removes what is needed latest. In the full permutation every
-shard is needed all the time: they are fetched as far as the cache has room.
+shard is needed all the time: they are fetched as far as the cache has room. Evaluations read the same rows again and
+again, nobody knows when: their shards take the room that training leaves.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from dataloading.block_order import BlockOrder, ShardUse
@@ -25,6 +26,10 @@ _SHARDS_AT_ONCE = 2
 _TICK_S = 0.5
 _REFRESH_S = OVERDUE_S / 6
 _FIRST_GUESS_S_PER_STEP = 0.1
+HEAD_START_S = 30.0
+"""How long an evaluation waits at most for its shards: a shard is one download, its images would be one each."""
+_NEXT_EVALUATION_S = 24 * 3600.0
+"""Shards of an evaluation are marked as needed so much later: what training reads sooner may take their place."""
 
 
 class ShardDownloads:
@@ -82,7 +87,8 @@ class ShardDownloads:
                 if use.first > self._step * self._global_batch + order.num_rows:
                     waiting.appendleft(use)  # an epoch ahead is far enough
                     break
-                future = pool.submit(self._fetch, self._numbers_S[use.shard], self._time_of(use.first), stop)
+                number = self._numbers_S[use.shard]
+                future = pool.submit(_is_fetched, self._source, number, self._time_of(use.first), stop)
                 under_way[future] = use
             if not under_way:
                 stop.wait(_TICK_S)
@@ -125,7 +131,7 @@ class ShardDownloads:
                 if stop.is_set():
                     return
                 wanted = [self._numbers_S[shard] for shard in shards]
-                there = list(pool.map(lambda number: self._fetch(number, time.time(), stop), wanted))
+                there = list(pool.map(lambda number: _is_fetched(self._source, number, time.time(), stop), wanted))
                 still_missing += [shard for shard, is_there in zip(shards, there, strict=True) if not is_there]
             missing = still_missing
             if not missing or time.monotonic() - refreshed > _REFRESH_S:
@@ -133,19 +139,6 @@ class ShardDownloads:
                     self._touch(shard, time.time())
                 refreshed = time.monotonic()
             stop.wait(_REFRESH_S if not missing else 20 * _TICK_S)
-
-    def _fetch(self, number: int, next_use: float, stop: threading.Event) -> bool:
-        """Have a shard in the cache; return whether it is there."""
-        try:
-            while not stop.is_set():
-                fetched = self._source.fetch(number, next_use)
-                if fetched is not Fetched.BUSY:
-                    return fetched is Fetched.THERE
-                stop.wait(_TICK_S)
-        except OSError as error:
-            # The reader of an image meets the same failure and decides what it means.
-            _LOG.warning("shard %s is not downloaded: %s", self._source.shards[number].name, error)
-        return False
 
     def _touch(self, shard: int, next_use: float) -> None:
         if self._source.cache is not None:
@@ -156,6 +149,57 @@ class ShardDownloads:
         (first, started), step, now = self._clock, self._step, time.time()
         pace_s = (now - started) / (step - first) if step - first >= 10 else _FIRST_GUESS_S_PER_STEP
         return now + max(0.0, (position / self._global_batch - self._ahead) * pace_s)
+
+
+class EvaluationDownloads:
+    """A thread that brings the shards of an evaluation's rows into the cache, from `start` to `close`."""
+
+    def __init__(self, source: RemoteShards, shards: Sequence[int]) -> None:
+        """shards: their numbers, in the order in which they are wanted."""
+        self._source, self._shards = source, shards
+        self._stop, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="download-evaluated-shards", daemon=True)
+
+    def start(self) -> None:
+        """Begin; wait until the shards are here, there is no room for more, or `HEAD_START_S` is over."""
+        self._thread.start()
+        self._over.wait(HEAD_START_S)
+
+    def close(self) -> None:
+        """End the thread; a piece that is on its way is waited for."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="download-shard") as pool:
+                for fetched in pool.map(self._fetch, self._shards):
+                    if fetched in (Fetched.NO_ROOM, Fetched.REFUSED):
+                        self._stop.set()  # so will be the next ones: their images are read one by one
+        finally:
+            self._over.set()
+
+    def _fetch(self, number: int) -> Fetched | None:
+        return _fetch(self._source, number, time.time() + _NEXT_EVALUATION_S, self._stop)
+
+
+def _is_fetched(source: RemoteShards, number: int, next_use: float, stop: threading.Event) -> bool:
+    return _fetch(source, number, next_use, stop) is Fetched.THERE
+
+
+def _fetch(source: RemoteShards, number: int, next_use: float, stop: threading.Event) -> Fetched | None:
+    """Have a shard in the cache, after the process that downloads it; None where the storage fails or `stop` came."""
+    try:
+        while not stop.is_set():
+            fetched = source.fetch(number, next_use)
+            if fetched is not Fetched.BUSY:
+                return fetched
+            stop.wait(_TICK_S)
+    except OSError as error:
+        # The reader of an image meets the same failure and decides what it means.
+        _LOG.warning("shard %s is not downloaded: %s", source.shards[number].name, error)
+    return None
 
 
 def _pairs(items: list[int], size: int) -> Iterator[list[int]]:

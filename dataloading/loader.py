@@ -25,7 +25,7 @@ from dataloading.augment import FIRST_LOCAL_VIEW, AugmentConfig
 from dataloading.choices import BACKENDS
 from dataloading.crop import MemoryCrops
 from dataloading.damaged import BadRow, DamagedRows
-from dataloading.downloads import ShardDownloads
+from dataloading.downloads import EvaluationDownloads, ShardDownloads
 from dataloading.encoded import Decoder, EncodedCrops
 from dataloading.finish import Augmented, Finisher, Normalized, Reference
 from dataloading.image_decoder import ImageDecoder
@@ -220,14 +220,29 @@ def _downloads(
     dataset: Dataset, order: OrderConfig | None, seed: int, global_batch: int, offsets: tuple[int, int]
 ) -> ShardDownloads | None:
     """Return what fetches the shards that this rank reads, None for images that are here or are not packed."""
-    read = dataset.read
-    if dataset.shards is None or not isinstance(read, ShardReader) or not isinstance(read.source, RemoteShards):
-        return None
-    if read.source.cache is None:
+    source = _cached_source(dataset)
+    if source is None or dataset.shards is None:
         return None
     # An order of its own: the thread works beside the planner.
     own = make_order(dataset, order or OrderConfig(), seed=seed, global_batch=global_batch)
-    return ShardDownloads(read.source, dataset.shards, own, global_batch, offsets)
+    return ShardDownloads(source, dataset.shards, own, global_batch, offsets)
+
+
+def _evaluation_downloads(dataset: Dataset, rows_R: NDArray[np.int64]) -> EvaluationDownloads | None:
+    """Return what fetches the shards of some rows, in the order of the rows; None as for `_downloads`."""
+    source, read = _cached_source(dataset), dataset.read
+    if source is None or not isinstance(read, ShardReader):
+        return None
+    shards_S, firsts_S = np.unique(read.shard_N[rows_R], return_index=True)
+    return EvaluationDownloads(source, shards_S[np.argsort(firsts_S)].tolist())
+
+
+def _cached_source(dataset: Dataset) -> RemoteShards | None:
+    """Return where packed images are downloaded from, None for images that are here, not packed, or never kept."""
+    read = dataset.read
+    if dataset.shards is None or not isinstance(read, ShardReader) or not isinstance(read.source, RemoteShards):
+        return None
+    return None if read.source.cache is None else read.source
 
 
 def eval_batches(
@@ -246,7 +261,8 @@ def eval_batches(
     """Yield the given rows in order, batch_size at a time (the last may be smaller), without augmentation.
 
     The central crop x crop pixels of the image whose shorter side is resized to `resize`, normalised. Damaged images
-    are replaced and marked as in training.
+    are replaced and marked as in training. Far shards of these rows are fetched into the cache where it has room that
+    training does not need: a later evaluation finds them there.
     """
     rows_R = np.asarray(rows, dtype=np.int64)
     damaged = DamagedRows(dataset.index)
@@ -254,11 +270,16 @@ def eval_batches(
     finisher = Finisher(Normalized(mean, std), num_threads)
     crops, _ = _open_crops(dataset, planner, damaged, crop, batch_size, torch.device(device), num_threads, backend)
     parts = (rows_R[start : start + batch_size] for start in range(0, len(rows_R), batch_size))
+    downloads = _evaluation_downloads(dataset, rows_R)
     try:
+        if downloads is not None:
+            downloads.start()
         planned = (planner.plan(part, np.zeros_like(part)) for part in parts)
         for plan, images_BCHW in finisher.images(crops.crops(planned)):
             yield Batch(images_BCHW, torch.from_numpy(plan.rows_B), torch.from_numpy(plan.valid_B))
     finally:
+        if downloads is not None:
+            downloads.close()
         crops.close()
         finisher.close()
 

@@ -20,9 +20,10 @@ from seaweed import Seaweed
 from cluster.parallel import ProcessMap
 from cluster.store import Store
 from dataloading.augment import AugmentConfig
-from dataloading.cache import ShardCache
+from dataloading.cache import Fetched, ShardCache
+from dataloading.downloads import HEAD_START_S
 from dataloading.index import DatasetError
-from dataloading.loader import make_loader
+from dataloading.loader import eval_batches, make_loader
 from dataloading.order import OrderConfig
 from dataloading.pack import pack
 from dataloading.sources import list_images, open_dataset
@@ -138,6 +139,66 @@ def test_the_second_epoch_reads_nothing_from_the_server(packed, tmp_path, order)
         loader.close()
     assert (traffic.images, traffic.shards) == before
     assert traffic.shards == num_shards
+
+
+def evaluated(dataset, rows=None):
+    """Return the pixels of rows as evaluations see them."""
+    batches = eval_batches(
+        dataset, range(dataset.index.num_rows) if rows is None else rows, resize=40, crop=32, mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2), batch_size=8, device="cpu", num_threads=2,
+    )  # fmt: skip
+    return np.concatenate([batch.images_BCHW.numpy().copy() for batch in batches])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_evaluation_downloads_its_shards_once_and_later_ones_read_nothing_from_the_server(
+    folder, packed, tmp_path, split
+):
+    expected = evaluated(open_dataset("auto", str(folder), split))
+    far = open_dataset("auto", packed, split, storage=storage(ShardCache(tmp_path)))
+    traffic, num_shards = far.read.source.traffic, len(far.read.source.shards)
+    for _ in range(3):
+        assert np.array_equal(evaluated(far), expected)
+        assert (traffic.images, traffic.shards) == (0, num_shards)
+    later = open_dataset("auto", packed, split, storage=storage(ShardCache(tmp_path)))
+    assert np.array_equal(evaluated(later), expected)
+    assert (later.read.source.traffic.images, later.read.source.traffic.shards) == (0, 0)
+
+
+def test_an_evaluation_fetches_only_the_shards_of_its_rows(packed, tmp_path):
+    far = open_dataset("auto", packed, "train", storage=storage(ShardCache(tmp_path)))
+    source, rows = far.read.source, range(5)
+    wanted = set(far.read.shard_N[:5].tolist())
+    evaluated(far, rows)
+    assert {number for number in range(len(source.shards)) if source.is_here(number)} == wanted
+
+
+def bytes_below(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_evaluation_takes_no_room_from_training(folder, packed, tmp_path):
+    expected = evaluated(open_dataset("auto", str(folder), "test"))
+    cache = ShardCache(tmp_path)
+    train, roomy = (open_dataset("auto", packed, split, storage=storage(cache)) for split in ("train", "test"))
+    train = train.read.source
+    soon = time.time() + 600
+    for number in range(3):
+        train.fetch(number, soon)
+    full = ShardCache(tmp_path, bytes_below(tmp_path))
+    test = open_dataset("auto", packed, "test", storage=storage(full))
+    started = time.monotonic()
+    assert np.array_equal(evaluated(test), expected)
+    assert time.monotonic() - started < HEAD_START_S / 2
+    assert all(train.is_here(number) for number in range(3))
+    # And training takes back what an evaluation has.
+    evaluated(roomy)
+    assert roomy.read.source.is_here(0)
+    tight = ShardCache(tmp_path, bytes_below(tmp_path))
+    again = open_dataset("auto", packed, "train", storage=storage(tight)).read.source
+    assert again.fetch(3, soon) is Fetched.THERE
+    assert not all(roomy.read.source.is_here(number) for number in range(len(roomy.read.source.shards)))
+    assert all(train.is_here(number) for number in range(4))
 
 
 def test_two_jobs_that_share_a_cache_download_every_shard_once(packed, tmp_path):
