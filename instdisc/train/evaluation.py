@@ -38,7 +38,8 @@ class KnnEvaluator:
         labels = train.index.labels_N
         self._labels_R = torch.zeros(len(self._own), dtype=torch.int64)
         if labels is not None:
-            self._labels_R = torch.from_numpy(labels[self._own.start : self._own.stop])
+            # Copies: the labels of packed images lie in a mapped file, which torch must not write to.
+            self._labels_R = torch.from_numpy(labels[self._own.start : self._own.stop].copy())
 
     def evaluate(self, state: TrainState) -> Evaluation:
         """Return "knn_top1" (gallery re-encoded by the present encoder) and "knn_bank_top1" (the bank). Collective."""
@@ -90,4 +91,6 @@ class KnnEvaluator:
 
     def _top1(self, neighbours: Neighbours) -> float:
         votes_QC = neighbours.votes(self._config.eval.temperature, self._num_classes)
-        return top1(votes_QC, torch.from_numpy(self._test.index.labels_N))
+        labels_Q = self._test.index.labels_N
+        assert labels_Q is not None
+        return top1(votes_QC, torch.from_numpy(labels_Q.copy()))

@@ -14,14 +14,17 @@ import tarfile
 import time
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from made_images import encode, picture
 
 from cluster.parallel import ProcessMap
 from cluster.store import Store
+from cluster.worker import Worker
 from dataloading.augment import AugmentConfig
 from dataloading.index import DatasetError, NoSplit
 from dataloading.loader import make_loader
@@ -32,6 +35,9 @@ from dataloading.packed import open_manifest
 from dataloading.sources import list_images, open_dataset
 from dataloading.verify import verify
 from instdisc.cli.main import main
+from instdisc.config import TrainConfig
+from instdisc.config_sections import EvalConfig
+from instdisc.train.evaluation import KnnEvaluator
 
 HERE = ProcessMap(0)
 
@@ -251,6 +257,28 @@ def test_small_images_keep_their_pixels_and_their_digest(tmp_path):
     assert demo.index.difference(packed.index) is None
     first = open_dataset("auto", str(tmp_path), "test", max_rows=33)
     assert np.array_equal(first.pixels_NHWC, demo.pixels_NHWC[:33])
+
+
+class Thumbnails(torch.nn.Module):
+    """Unit features without weights."""
+
+    def forward(self, images_BCHW):
+        return torch.nn.functional.normalize(torch.nn.functional.adaptive_avg_pool2d(images_BCHW, 4).flatten(1))
+
+
+def test_an_evaluation_of_packed_images_scores_as_that_of_the_folder_and_without_warnings(photos, tmp_path):
+    for name in ("cat/half.jpg", "dog/text.png"):
+        (photos / "train" / name).unlink()
+    pack_folder(photos, tmp_path / "packed")
+    scores = []
+    for root in (photos, tmp_path / "packed"):
+        images = open_dataset("auto", str(root), "train")
+        config = TrainConfig(eval=EvalConfig(resize=40, crop=32, k=5))
+        evaluator = KnnEvaluator(images, images, config, Worker(device=torch.device("cpu")))
+        bank = SimpleNamespace(rows=torch.eye(48)[:40])
+        scores.append(evaluator.evaluate(SimpleNamespace(encoder=Thumbnails(), bank=bank)).scores)
+    assert scores[0] == scores[1]
+    assert scores[0]["knn_top1"] > 50
 
 
 def test_the_number_of_processes_changes_nothing(photos, tmp_path):
