@@ -173,7 +173,8 @@ class Reader(Protocol):
     """Reads encoded images by their row, as all sources of `dataloading.sources` do."""
 
     def __call__(self, row: int) -> bytes:
-        """Return the encoded image of a row. May be called from many threads. Raises OSError."""
+        """Return the encoded image of a row. May be called from many threads. Raises OSError where it cannot be read,
+        ValueError where it can be seen not to be the image that is meant."""
         ...
 
     @property

@@ -41,7 +41,7 @@ def open_packed(
     manifest, source = open_manifest(root, split, storage)
     manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
     require_same(str(root), index, manifest.index)
-    reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N)
+    reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
     found = manifest.index
     if not all_small(found.heights_N, found.widths_N, found.bad_N):
         return Dataset(found, None, reader, manifest.layout)

@@ -99,7 +99,7 @@ def list_images(
     if kind == "packed":
         manifest, source = open_manifest(root, split, storage)
         manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
-        read = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N)
+        read = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
         return SourceImages(manifest.index, read, manifest.digest_of)
     if kind == "webdataset":
         return SourceImages(*list_webdataset(root, split, max_rows=max_rows, storage=storage), "list")

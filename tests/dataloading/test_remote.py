@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import botocore.session
 import numpy as np
 import pytest
 from made_images import encode, picture
+from PIL import Image
 from seaweed import Seaweed
 
 from cluster.parallel import ProcessMap
@@ -318,6 +320,36 @@ def test_a_shard_that_is_damaged_on_the_server_never_enters_the_cache(packed, tm
     finally:
         Store(packed).put(key, whole)
     assert verify_lines(packed) == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_image_that_is_damaged_on_the_server_is_not_trained_on_and_named(packed, tmp_path, caplog, cached):
+    far = open_dataset("auto", packed, "train", storage=storage(ShardCache(tmp_path) if cached else None))
+    source, row = far.read.source, int(np.flatnonzero(far.read.shard_N == 2)[1])
+    key, place = source.key(2), int(far.read.offset_N[row]) + int(far.read.length_N[row]) // 2
+    whole = Store(packed).get(key)
+    damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    Image.open(io.BytesIO(damaged[int(far.read.offset_N[row]) :])).convert("RGB")  # it decodes all the same
+    try:
+        Store(packed).put(key, damaged)
+        loader = make_loader(
+            far, AugmentConfig(size=32), seed=1, global_batch=NUM, offsets=(0, NUM), device="cpu", num_threads=2
+        )
+        try:
+            batches = list(islice(loader.batches(0), 2))
+        finally:
+            loader.close()
+        for batch in batches:
+            assert batch.indices_B[~batch.valid_B].tolist() == [row]
+        (bad,) = loader.failed_rows()
+        assert (bad.row, bad.name) == (row, far.index.names[row])
+        assert "000002.tar differ from the manifest's checksum" in bad.reason
+        images = list_images("auto", packed, "train", storage=storage())
+        report = pack(images, Store(str(tmp_path / "again")), "train", parallel=ProcessMap(0))
+        assert report.num_rows == NUM - 1
+        assert "checksum" in report.damaged[far.index.names[row]]
+    finally:
+        Store(packed).put(key, whole)
 
 
 def verify_lines(uri):
