@@ -138,7 +138,7 @@ def scan(
 
     chunks: the images in order, in groups that one thread reads; few groups are alive at a time.
     open_item opens one image, in a thread; what it raises is the reason why the image is bad.
-    on_progress(done, total) is called after each group. num_threads: default twice the usable cores.
+    on_progress(done, total) is called at the start and after each group. num_threads: default twice the usable cores.
     """
     small = _Small(num_rows)
     heights_N = np.zeros(num_rows, dtype=np.int32)
@@ -146,6 +146,8 @@ def scan(
     reasons: dict[int, str] = {}
     num_threads = num_threads or 2 * len(os.sched_getaffinity(0))
     row = 0
+    if on_progress:
+        on_progress(0, num_rows)
     # The filters are global, so threads must not touch them: they are set once, around all of them.
     with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as executor:
         warnings.simplefilter("ignore")
