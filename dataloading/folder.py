@@ -4,8 +4,8 @@
     root/train/<class>/x.jpg      and root/test or root/val for the test split
     root/x.jpg, root/train/x.jpg  no labels
 
-Deeper folders are allowed; the class is the first one. A row's name is its path under the split's folder, and rows are
-sorted by name.
+Deeper folders are allowed; the class is the first one, and a folder without images is none. A row's name is its path
+under the split's folder, and rows are sorted by name.
 """
 
 from __future__ import annotations
@@ -63,28 +63,30 @@ def open_folder(
 def list_folder(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
     """Return the images of a folder as far as the list of files tells: their sizes are not looked at."""
     path = existing_root(root, "folder")
-    base, classes = _split_folder(path, split)
+    name, others = _split_folder(path, split)
+    base = path / name
     files = list_files(base, path, EXTENSIONS)
     if not files:
         raise DatasetError(
             f"no images in {base}: found {contents(base)}; expected files that end in {', '.join(sorted(EXTENSIONS))}, "
             "directly or in one folder per class"
         )
-    index = file_index(f"folder {path} ({split})", files[:max_rows], classes)
+    # Of all splits, so that a class has one number in all of them; only of images, as where there are no folders.
+    classes = {name.split("/", 1)[0] for name, _ in files if "/" in name}
+    for other in others:
+        folders = (folder for folder in folders_in(path / other) if folder not in classes)
+        classes.update(folder for folder in folders if _holds_images_below(path / other / folder, path))
+    index = file_index(f"folder {path} ({split})", files[:max_rows], sorted(classes))
     return index, FolderReader(base, Names.of(index.names))
 
 
-def _split_folder(root: Path, split: str) -> tuple[Path, list[str]]:
-    """Return the folder of a split, and the folders that may be classes: those of all splits, so that a class has one
-    number in all of them."""
-    here = folders_in(root)
-    found = choose_split(here, split, lambda name: _holds_images(root / name))
+def _split_folder(root: Path, split: str) -> tuple[str, list[str]]:
+    """Return the folder of a split ("": the root itself), and those of the other splits."""
+    found = choose_split(folders_in(root), split, lambda name: _holds_images(root / name))
     if found is None:
         raise _no_split(root, split)
     name, splits = found
-    if not name:
-        return root, here
-    return root / name, sorted({folder for other in splits for folder in folders_in(root / other)})
+    return name, [other for other in splits if other != name]
 
 
 def choose_split(here: list[str], split: str, holds_images: Callable[[str], bool]) -> tuple[str, list[str]] | None:
@@ -103,6 +105,13 @@ def choose_split(here: list[str], split: str, holds_images: Callable[[str], bool
 
 def _holds_images(folder: Path) -> bool:
     return any(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
+
+
+def _holds_images_below(folder: Path, root: Path) -> bool:
+    try:
+        return bool(list_files(folder, root, EXTENSIONS))
+    except DatasetError:
+        return False  # a link out of the root: nothing there is ever read
 
 
 def _no_split(root: Path, split: str) -> NoSplit:

@@ -29,7 +29,7 @@ def list_files(
         folder, prefix, above = waiting.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_wanted = os.path.splitext(entry.name)[1].lower() in extensions
+                is_wanted = has_ending(entry.name, extensions)
                 if entry.name.startswith(".") or not (is_wanted or entry.is_dir()):
                     continue
                 if entry.is_symlink():
@@ -43,6 +43,17 @@ def list_files(
                     if first_only:
                         return found
     return sorted(found)
+
+
+def is_listed(key: str, extensions: Collection[str]) -> bool:
+    """Whether `list_files` would list an object's key, were it a file's path."""
+    hidden = any(part.startswith(".") for part in key.split("/"))
+    return not hidden and has_ending(key, extensions)
+
+
+def has_ending(path: str, extensions: Collection[str]) -> bool:
+    """Whether the last part of a path ends so (in any case), with something before it."""
+    return os.path.splitext(path)[1].lower() in extensions
 
 
 def check_links(folder: Path, root: Path) -> None:

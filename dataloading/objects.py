@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dataloading.folder import choose_split, file_index
 from dataloading.headers import EXTENSIONS, Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, require_same
-from dataloading.listing import SPLIT_NAMES
+from dataloading.listing import SPLIT_NAMES, is_listed
 from dataloading.packed import require_storage
 from dataloading.scanned import scan_dataset
 from dataloading.storage import Objects, Storage
@@ -77,7 +77,7 @@ def list_objects(
 ) -> tuple[DatasetIndex, ObjectsReader]:
     """Return loose images as far as the list of objects tells: their sizes in pixels are not looked at."""
     objects = require_storage(root, storage)
-    everything = [(key, size) for key, size in objects.list_sizes() if _is_image(key)]
+    everything = [(key, size) for key, size in objects.list_sizes() if is_listed(key, EXTENSIONS)]
     here = sorted({key.split("/", 1)[0] for key, _ in everything if "/" in key})
     direct = {key.split("/", 1)[0] for key, _ in everything if key.count("/") == 1}
     found = choose_split(here, split, direct.__contains__)
@@ -99,12 +99,6 @@ def list_objects(
     index = file_index(f"objects {root} ({split})", sorted(files)[:max_rows], classes)
     assert index.num_bytes_N is not None
     return index, ObjectsReader(objects, prefix, Names.of(index.names), index.num_bytes_N)
-
-
-def _is_image(key: str) -> bool:
-    parts = key.split("/")
-    hidden = any(part.startswith(".") for part in parts)
-    return not hidden and "." + parts[-1].rpartition(".")[2].lower() in EXTENSIONS
 
 
 def _some(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from dataloading.cifar import KINDS, cifar_root, open_cifar
 from dataloading.folder import list_folder, open_folder
 from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Reader, dataset_of_pixels, require_same
-from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
+from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed, list_files
 from dataloading.objects import list_objects, open_objects
 from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage, require_whole
 from dataloading.parquet import list_parquet, open_parquet, parquet_files
@@ -164,10 +164,9 @@ def _recognise_remote(root: str, storage: Storage | None) -> str:
     require_whole(root, _SPLIT_FOLDERS, set(keys).__contains__)
     if not keys:
         raise DatasetError(f"data root {root}: found no objects; correct the URI, or put images there")
-    has_tars = any(key.endswith(".tar") for key in keys)
-    has_images = any("." + key.rpartition(".")[2].lower() in EXTENSIONS for key in keys)
-    if has_tars or has_images:
-        return "webdataset" if has_tars else "folder"
+    for kind, extensions in (("folder", EXTENSIONS), ("webdataset", {".tar"})):  # in the order of `recognise`
+        if any(is_listed(key, extensions) for key in keys):
+            return kind
     raise DatasetError(
         f"no images in {root}: found {', '.join(keys[:8])}; expected packed images ({MANIFEST}), tars or image files"
     )

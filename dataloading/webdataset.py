@@ -27,7 +27,7 @@ from dataloading.index import (
     list_digest,
     require_same,
 )
-from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
+from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed, list_files
 from dataloading.packed import require_storage, require_whole
 from dataloading.scanned import scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
@@ -77,7 +77,7 @@ def list_webdataset(
     if root is not None and is_remote(root):
         objects = require_storage(root, storage)
         sizes = dict(objects.list_sizes())
-        names = tars_of_split((key for key in sizes if key.endswith(".tar")), split)
+        names = tars_of_split((key for key in sizes if is_listed(key, {".tar"})), split)
         require_whole(where, _folders(names, split), sizes.__contains__)
         shards = [Shard(name, sizes[name], 0, ()) for name in names]
         fingerprint = fingerprint_of(objects.uri.encode(), repr([(s.name, s.num_bytes) for s in shards]).encode())

@@ -399,6 +399,33 @@ def test_objects_with_odd_names_are_images_like_others(server, folder, tmp_path)
     assert [near.read(row) for row in range(4)] == [by_name[name].read_bytes() for name in near.index.names]
 
 
+ODD_PLACES = (
+    "cat/1.jpg",
+    "dog/2.JPG",
+    "dog/jpg",
+    "dog/.hidden.jpg",
+    ".git/3.jpg",
+    "jpg",
+    "some.tar",
+    "tar",
+    "cat/x.txt",
+)
+
+
+def test_names_mean_the_same_in_a_folder_and_in_a_bucket(server, folder, tmp_path):
+    store, image = Store(f"{BUCKET}/places"), sorted(folder.rglob("*.jpg"))[0].read_bytes()
+    for name in ODD_PLACES:
+        store.put(name, image)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(image)
+    near = open_dataset("auto", str(tmp_path), "train")
+    far = open_dataset("auto", store.uri, "train", storage=storage())
+    assert list(near.index.names) == list(far.index.names) == ["cat/1.jpg", "dog/2.JPG"]
+    assert near.index.class_names == far.index.class_names == ("cat", "dog")
+    assert near.index.difference(far.index) is None
+    assert near.index.digest == far.index.digest
+
+
 def test_tars_on_the_server_are_read_in_place(packed):
     store = Store(f"{BUCKET}/tars")
     for key, _ in Store(packed).list_sizes("train/"):

@@ -92,6 +92,21 @@ def test_the_test_split_is_val_and_numbers_its_classes_as_train_does(photos):
     assert test.labels_N.tolist() == [1, 2]
 
 
+def test_a_folder_without_images_is_no_class(photos):
+    before = {split: open_dataset("folder", str(photos), split).index for split in ("train", "test")}
+    write(photos / "val" / "zebra" / "deep" / "x.png", encoded(pixels_of(9, 9)))
+    for split in ("train", "val"):
+        (photos / split / "ant" / "deeper").mkdir(parents=True)
+        write(photos / split / "bee" / "notes.txt", b"no image")
+    for split, index in before.items():
+        now = open_dataset("folder", str(photos), split).index
+        assert now.class_names == ("cat", "dog", "zebra")
+        assert now.labels_N.tolist()[: index.num_rows] == index.labels_N.tolist()
+    (photos / "train").rename(photos / "classes")
+    (photos / "val").rename(photos.parent / "val")
+    assert open_dataset("folder", str(photos / "classes"), "train").index.class_names == ("cat", "dog")
+
+
 def test_the_index_does_not_depend_on_where_the_folder_is(photos):
     before = open_dataset("folder", str(photos), "train").index
     moved = photos.rename(photos.parent / "moved")
@@ -180,7 +195,7 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path):
     assert dataset.read is None
     assert dataset.pixels_NHWC is not None
     np.testing.assert_array_equal(dataset.pixels_NHWC, np.stack(images))
-    assert done[-1] == (150, 150)
+    assert (done[0], done[-1]) == ((0, 150), (150, 150))
     assert done == sorted(done)
     write(tmp_path / "150.png", encoded(pixels_of(24, 17)))
     other = open_dataset("folder", str(tmp_path), "train")
