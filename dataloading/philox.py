@@ -40,6 +40,7 @@ class Purpose(IntEnum):
     LANE_SHARDS = 13
     WINDOW = 14
     PLACEMENT = 15
+    NEGATIVES_OF_EACH = 16
 
 
 def philox4x32(counters_N4: NDArray[np.uint32], key: int) -> NDArray[np.uint32]:

@@ -93,6 +93,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "data.cache_gb",
         "data.test_split",
         "data.max_test_rows",
+        "bank.device",
+        "bank.mapped_dir",
+        "bank.fetch_ahead",
+        "objective.score_mib",
         *(f"{section}.{f.name}" for section, kind in (("eval", EvalConfig), ("checkpoint", CheckpointConfig),
                                                       ("system", SystemConfig)) for f in dataclasses.fields(kind)),
     }

@@ -29,7 +29,8 @@ UNTESTED_ON_GPU = (
     "DALI's mixed (GPU) decoding, and the self-test that chooses between windows and whole images",
     "colour augmentation and normalisation of images on CUDA",
     "bfloat16 autocast on CUDA",
-    "NCCL collectives of the memory bank and of DDP",
+    "NCCL collectives of the memory bank, of its statistics and of DDP, each in a group of its own",
+    "a memory bank in page-locked host memory or a mapped file beside a GPU (bank.device cpu, mapped)",
 )
 """Parts that exist for GPUs but that this version was never run with: its tests ran on CPUs."""
 

@@ -4,7 +4,8 @@ Rank r of W owns rows [N*r//W, N*(r+1)//W) and nothing else. Rows travel by all-
 are wanted, each gives those that it owns, and all receive them all; one step moves O(G*D + K*D) numbers, whatever N.
 
 Reading rule: what step t reads is the bank as the updates up to t-1 left it. Owners copy rows out (`index_select`)
-before anything is sent, so a later update cannot reach a fetch that is under way.
+before anything is sent, so a later update cannot reach a fetch that is under way; whoever fetches earlier brings the
+copies up to date itself (`instdisc.rows_ahead`).
 
 Shapes: N rows of the data set, R rows owned by this rank, D feature numbers, B samples of this rank, G of all ranks,
 K negatives, M rows wanted, W ranks.
@@ -14,11 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.collectives import (
@@ -30,32 +29,17 @@ from cluster.collectives import (
     start_all_gather_rows,
     world_size,
 )
-from dataloading.philox import Purpose
+from instdisc.bank_storage import allocate, fill_with_start_rows
+from instdisc.bank_update import PendingUpdate, Update
 from instdisc.negatives import negative_indices
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-START_BLOCK_ROWS = 4096
 NEVER = -1
 
 
 def shard_bounds(num_rows: int, size: int) -> np.ndarray:
     """Return the W+1 bounds of the shards: rank r owns rows [bounds[r], bounds[r+1])."""
     return np.array([num_rows * r // size for r in range(size + 1)], dtype=np.int64)
-
-
-def start_rows(num_rows: int, dim: int, seed: int, start: int, stop: int) -> Tensor:
-    """Return rows [start, stop) of the bank before training: random directions of unit length, float32 (R, D).
-
-    Drawn in blocks of 4,096 rows keyed by (seed, block), so they do not depend on who owns them.
-    """
-    rows_RD = np.empty((stop - start, dim), dtype=np.float32)
-    for block in range(start // START_BLOCK_ROWS, -(-stop // START_BLOCK_ROWS)):
-        first = block * START_BLOCK_ROWS
-        bits = np.random.Philox(key=[seed, int(Purpose.BANK_START) << 48 | block])
-        block_rows = np.random.Generator(bits).standard_normal((START_BLOCK_ROWS, dim), dtype=np.float32)
-        low, high = max(start, first), min(stop, first + START_BLOCK_ROWS)
-        rows_RD[low - start : high - start] = block_rows[low - first : high - first]
-    return F.normalize(torch.from_numpy(rows_RD), dim=1)
 
 
 @dataclass
@@ -67,52 +51,25 @@ class PendingLookup:
     """Where each row stands among the gathered ones, which come in the order of their owners; None: as asked for."""
 
     def wait(self) -> Tensor:
-        """Return the rows, float32 (M, D)."""
+        """Return the rows, float32 (M, D), in memory that nobody else has."""
         gathered_MD = self._pending.wait()
         if self._places_M is not None:
             gathered_MD = gathered_MD.index_select(0, self._places_M.to(gathered_MD.device, non_blocking=True))
         return gathered_MD.float()
 
 
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What is known on every rank of the samples that all ranks bring together to a step, in rank order."""
-
-    indices_G: Tensor
-    """int64, on the CPU."""
-    valid_G: Tensor
-    """bool, on the CPU."""
-    counts_W: Sequence[int]
-
-    @cached_property
-    def num_valid(self) -> int:
-        """How many samples count."""
-        return int(self.valid_G.sum())
-
-
-@dataclass
-class PendingUpdate:
-    """Features on their way to the owners of their rows; `finish` writes the rows."""
-
-    _bank: ShardedMemoryBank
-    _batch: GlobalBatch
-    _features: PendingRows
-    _step: int
-
-    def finish(self) -> None:
-        """Write the rows that this rank owns."""
-        self._bank.write(self._batch, self._features.wait(), self._step)
-
-
 class ShardedMemoryBank:
     """One unit-length row of `dim` numbers per image, sharded over the ranks of `group`.
 
     num_rows: N. momentum: weight of the OLD row in an update (arXiv 1805.01978's released code: 0.5). dtype: storage,
-    float32, float16 or bfloat16; arithmetic is float32. seed: of the starting rows and of the negatives. group: the
-    process group of the bank's collectives, best one of its own.
+    float32, float16 or bfloat16; arithmetic is float32. device: where the rows are kept. seed: of the starting rows and
+    of the negatives. group: the process group of the bank's collectives, best one of its own. work_device: where rows
+    are fetched to and features come from (default: `device`); host memory is page-locked for a GPU. mapped_dir: keep
+    the rows in a nameless file in this folder, mapped into host memory.
 
     Attributes: `start`, `stop` (the rows owned), `rows` (R, D) in `dtype`, `last_step` int32 (R,), the step of each
-    row's last write, -1 where there was none.
+    row's last write, -1 where there was none, `num_written` (owned rows that were written, an int64 scalar). Raises
+    ValueError for arguments that cannot be, OSError where a mapped file cannot be made.
     """
 
     def __init__(
@@ -125,42 +82,59 @@ class ShardedMemoryBank:
         device: torch.device | str = "cpu",
         seed: int = 0,
         group: Group = None,
+        work_device: torch.device | str | None = None,
+        mapped_dir: str | None = None,
     ) -> None:
-        if num_rows < 1 or dim < 1:
-            raise ValueError(f"memory bank: found {num_rows} rows of {dim} numbers, expected at least 1 of each")
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                f"memory bank momentum: found {momentum}, expected 0 <= momentum < 1 (weight of the OLD row)"
-            )
-        if dtype not in DTYPES.values():
-            raise ValueError(f"memory bank dtype: found {dtype}, expected one of {', '.join(DTYPES)}")
+        device = _with_index(device)
+        self.work_device = device if work_device is None else _with_index(work_device)
+        _check_arguments(num_rows, dim, momentum, dtype, device, mapped_dir)
         self.num_rows, self.dim, self.momentum, self.seed, self.group = num_rows, dim, momentum, seed, group
         self._bounds = shard_bounds(num_rows, world_size(group))
         self._rank = rank(group)
         self.start, self.stop = int(self._bounds[self._rank]), int(self._bounds[self._rank + 1])
-        self.rows = start_rows(num_rows, dim, seed, self.start, self.stop).to(device=device, dtype=dtype)
+        pinned = device.type == "cpu" and self.work_device.type == "cuda"
+        self._shard = allocate(self.stop - self.start, dim, dtype, device, pinned=pinned, folder=mapped_dir)
+        self.rows = self._shard.rows
+        fill_with_start_rows(self.rows, seed, self.start)
         self.last_step = torch.full((self.stop - self.start,), NEVER, dtype=torch.int32, device=device)
-        self.non_finite_step = torch.full((), NEVER, dtype=torch.int64, device=device)
+        self.num_written = torch.zeros((), dtype=torch.int64, device=device)
+        self.non_finite_step = torch.full((), NEVER, dtype=torch.int64, device=self.work_device)
+        self.all_same_step = torch.full((), NEVER, dtype=torch.int64, device=self.work_device)
 
     @property
     def device(self) -> torch.device:
         """The device of the rows."""
         return self.rows.device
 
+    @property
+    def world_size(self) -> int:
+        """W."""
+        return len(self._bounds) - 1
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the rows lie in a mapped file."""
+        return self._shard.mapping is not None
+
+    def read_ahead(self, indices_M: np.ndarray) -> None:
+        """Bring owned rows that will be looked up soon from disk, if the bank is mapped; does not wait for them."""
+        own = indices_M[(indices_M >= self.start) & (indices_M < self.stop)]
+        self._shard.read_ahead(own - self.start)
+
     def start_lookup(self, indices_M: Tensor) -> PendingLookup:
         """Start fetching rows to every rank. Collective: every rank asks for the same int64 (M,) CPU indices."""
         self._check_indices(indices_M)
-        if len(self._bounds) == 2:
-            own_MD = self.rows.index_select(0, indices_M.to(self.device, non_blocking=True))
-            return PendingLookup(start_all_gather_rows(own_MD, [len(indices_M)], self.group), None)
+        if self.world_size == 1:
+            return PendingLookup(start_all_gather_rows(self._copied(indices_M), [len(indices_M)], self.group), None)
         owners_M = np.searchsorted(self._bounds, indices_M.numpy(), side="right") - 1
         order_M = np.argsort(owners_M, kind="stable")
         places_M = np.empty_like(order_M)
         places_M[order_M] = np.arange(len(order_M))
-        counts_W = np.bincount(owners_M, minlength=len(self._bounds) - 1).tolist()
+        counts_W = np.bincount(owners_M, minlength=self.world_size).tolist()
         own_X = indices_M[torch.from_numpy(owners_M == self._rank)] - self.start
-        rows_XD = self.rows.index_select(0, own_X.to(self.device, non_blocking=True))
-        return PendingLookup(start_all_gather_rows(rows_XD, counts_W, self.group), torch.from_numpy(places_M))
+        return PendingLookup(
+            start_all_gather_rows(self._copied(own_X), counts_W, self.group), torch.from_numpy(places_M)
+        )
 
     def lookup(self, indices_B: Tensor, *, counts_W: Sequence[int] | None = None) -> Tensor:
         """Return the rows of this rank's batch, float32 (B, D). Collective; ranks may bring different indices and B.
@@ -184,51 +158,126 @@ class ShardedMemoryBank:
         """Write v <- normalise(momentum * v_old + (1 - momentum) * f) for the samples of all ranks. Collective.
 
         indices_B: int64, valid_B: bool, both on the CPU; features_BD: unit length. Every rank writes the rows that it
-        owns. Samples with valid False are not written. A row that stands twice in the global batch gets the later
-        one. Rows of features that are not finite keep their old value; `non_finite_step` remembers the first step in
-        which this rank brought such features, and the caller reads it when it reads its metrics. Raises ValueError on
-        shapes or indices that do not fit.
+        owns. Samples with valid False are not written. A row that stands twice in the global batch gets the later one.
+
+        Raises ValueError on every rank, naming step and rank, and writes nothing, where a rank brought shapes or
+        indices that do not fit or features that are not finite, or where the features of four and more different
+        images are all the same. Waits for the device; training uses `start_update`, which does not.
         """
-        if len(features_BD) != len(indices_B):
-            raise ValueError(
-                f"memory bank update at step {step} on rank {self._rank}: found {len(features_BD)} features for "
-                f"{len(indices_B)} indices, expected as many"
-            )
-        self._check_indices(indices_B)
         valid_B = torch.ones(len(indices_B), dtype=torch.bool) if valid_B is None else valid_B
-        counts_W = gather_counts(len(indices_B), self.group)
+        counts_W = self._agree_on_shapes(indices_B, features_BD, valid_B, step)
         # One number carries the index and, in its sign, whether the sample counts.
         coded_G = all_gather_rows(torch.where(valid_B, indices_B, -1 - indices_B), counts_W, self.group)
         valid_G = coded_G >= 0
-        batch = GlobalBatch(torch.where(valid_G, coded_G, -1 - coded_G), valid_G, counts_W)
-        self.start_update(batch, features_BD, step).finish()
+        indices_G = torch.where(valid_G, coded_G, -1 - coded_G)
+        validity = PendingRows(valid_G[None], [len(valid_G)], None)
+        update = self.start_update(indices_G, counts_W, validity, features_BD, step).wait()
+        self._refuse_useless(update)
+        self.write(update)
 
     @torch.no_grad()
-    def start_update(self, batch: GlobalBatch, features_BD: Tensor, step: int) -> PendingUpdate:
-        """Start an `update` of samples that every rank knows; rows change when it is finished. Collective."""
-        expected = (batch.counts_W[self._rank], self.dim)
+    def start_update(
+        self,
+        indices_G: Tensor,
+        counts_W: Sequence[int],
+        validity: PendingRows,
+        features_BD: Tensor,
+        step: int,
+        momentum: float | None = None,
+    ) -> PendingUpdate:
+        """Start an update of samples whose rows every rank knows; `write` changes rows, when it is asked to.
+        Collective.
+
+        indices_G: int64, on the CPU, in rank order. validity: their validity on its way, on the CPU. momentum: of this
+        step, where it is not always the same. Nothing here or in `write` waits for the device on the host, unless the
+        rows lie in another memory than the features.
+        """
+        expected = (counts_W[self._rank], self.dim)
         if features_BD.shape != expected:
             raise ValueError(
                 f"memory bank update at step {step} on rank {self._rank}: found features of shape "
                 f"{tuple(features_BD.shape)}, expected {expected}"
             )
-        bad = ~features_BD.isfinite().all()
-        self.non_finite_step = torch.where(bad & (self.non_finite_step == NEVER), step, self.non_finite_step)
-        features = start_all_gather_rows(features_BD.detach().float(), batch.counts_W, self.group)
-        return PendingUpdate(self, batch, features, step)
+        features = start_all_gather_rows(features_BD.detach().float(), counts_W, self.group)
+        momentum = self.momentum if momentum is None else momentum
+        return PendingUpdate(indices_G, counts_W, validity, features, step, momentum)
 
     @torch.no_grad()
-    def write(self, batch: GlobalBatch, features_GD: Tensor, step: int) -> None:
-        """Write the rows of the batch that this rank owns, as `update` says, from the features of all ranks."""
-        places = _last_places(batch, self.start, self.stop)
-        local_U = (batch.indices_G[places] - self.start).to(self.device, non_blocking=True)
-        new_UD = features_GD.index_select(0, places.to(self.device, non_blocking=True))
-        stored_UD = self.rows.index_select(0, local_U)
-        mixed_UD = F.normalize(self.momentum * stored_UD.float() + (1 - self.momentum) * new_UD, dim=1)
-        finite_U = new_UD.isfinite().all(dim=1)
-        self.rows.index_copy_(0, local_U, torch.where(finite_U[:, None], mixed_UD.to(self.rows.dtype), stored_UD))
+    def write(self, update: Update) -> None:
+        """Write the rows that this rank owns. Rows whose feature is not finite keep their value, and all of them do
+        where all features are the same; `non_finite_step` (of this rank's features) and `all_same_step` remember the
+        first such step (-1: none).
+        """
+        bad = ~update.are_finite_of(self._rank)
+        self.non_finite_step = torch.where(bad & (self.non_finite_step == NEVER), update.step, self.non_finite_step)
+        same = update.all_same
+        self.all_same_step = torch.where(same & (self.all_same_step == NEVER), update.step, self.all_same_step)
+        rows, places = update.batch.written
+        low, high = np.searchsorted(rows, (self.start, self.stop))
+        local_U = torch.from_numpy(rows[low:high] - self.start).to(self.device, non_blocking=True)
+        written_UD, accepted_U = update.applied_to(self.rows.index_select(0, local_U), places[low:high])
+        self.rows.index_copy_(0, local_U, written_UD)
         old_U = self.last_step.index_select(0, local_U)
-        self.last_step.index_copy_(0, local_U, torch.where(finite_U, torch.full_like(old_U, step), old_U))
+        self.last_step.index_copy_(0, local_U, torch.where(accepted_U, torch.full_like(old_U, update.step), old_U))
+        self.num_written += (accepted_U & (old_U == NEVER)).sum()
+
+    @torch.no_grad()
+    def restore(self, rows_RD: Tensor, last_step_R: Tensor) -> None:
+        """Take over the owned rows and their last-written steps, as a checkpoint has them."""
+        self.rows.copy_(rows_RD)
+        self.last_step.copy_(last_step_R)
+        self.num_written.copy_((self.last_step != NEVER).sum())
+
+    def _copied(self, own_X: Tensor) -> Tensor:
+        """Return copies of owned rows, (X, D) in the bank's dtype, where they are worked with."""
+        rows_XD = self.rows.index_select(0, own_X.to(self.device, non_blocking=True))
+        if self.work_device == self.device:
+            return rows_XD
+        return rows_XD.pin_memory().to(self.work_device, non_blocking=True)
+
+    def _agree_on_shapes(self, indices_B: Tensor, features_BD: Tensor, valid_B: Tensor, step: int) -> list[int]:
+        """Return how many samples each rank brings; raise ValueError on all ranks where those of one do not fit."""
+        width = features_BD.shape[1] if features_BD.dim() == 2 else -1
+        low, high = (int(indices_B.min()), int(indices_B.max())) if len(indices_B) else (0, 0)
+        typed = (indices_B.dtype, valid_B.dtype) == (torch.int64, torch.bool)
+        facts = torch.tensor([[len(indices_B), len(features_BD), width, len(valid_B), low, high, typed]])
+        found_W7 = all_gather_rows(facts, [1] * self.world_size, self.group).tolist()
+        for number, (count, features, width, valid, low, high, typed) in enumerate(found_W7):
+            where = f"memory bank update at step {step}: rank {number} brought"
+            if not typed:
+                raise ValueError(
+                    f"{where} indices that are not int64 or flags that are not bool, which the other ranks cannot "
+                    "receive; nothing was written"
+                )
+            if (features, width, valid) != (count, self.dim, count):
+                raise ValueError(
+                    f"{where} features of shape ({features}, {width}) and {valid} flags for {count} indices, expected "
+                    f"({count}, {self.dim}) and {count} flags; nothing was written"
+                )
+            if not 0 <= low <= high < self.num_rows:
+                raise ValueError(
+                    f"{where} indices from {low} to {high}, expected 0 to {self.num_rows - 1}; nothing was written"
+                )
+        return [count for count, *_ in found_W7]
+
+    def _refuse_useless(self, update: Update) -> None:
+        where = f"memory bank update at step {update.step}"
+        bad = (~update.finite_G.cpu() & update.batch.valid_G).nonzero().flatten().tolist()
+        if bad:
+            batch = update.batch
+            raise ValueError(
+                f"{where}: rank {batch.rank_of(bad[0])} brought a feature that is not finite for row "
+                f"{int(batch.indices_G[bad[0]])} ({len(bad)} such in the batch), expected finite numbers; nothing was "
+                "written. A lower learning rate or float32 usually helps"
+            )
+        if bool(update.all_same):
+            rows, places = update.batch.written
+            ranks = sorted({update.batch.rank_of(place) for place in places})
+            raise ValueError(
+                f"{where}: rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} brought one feature for all "
+                f"{len(rows)} images of the batch, expected different ones; nothing was written. The encoder has "
+                "collapsed, or its input is always the same"
+            )
 
     def _check_indices(self, indices_M: Tensor) -> None:
         if len(indices_M) and not (int(indices_M.min()) >= 0 and int(indices_M.max()) < self.num_rows):
@@ -238,10 +287,19 @@ class ShardedMemoryBank:
             )
 
 
-def _last_places(batch: GlobalBatch, start: int, stop: int) -> Tensor:
-    """Return, for each row of [start, stop) that is written, the place in the global batch of its last valid sample."""
-    indices_G = batch.indices_G.numpy()
-    places = np.flatnonzero((indices_G >= start) & (indices_G < stop) & batch.valid_G.numpy())
-    # np.unique names the first place of each value: of the reversed sequence, that is the last.
-    _, from_behind = np.unique(indices_G[places][::-1], return_index=True)
-    return torch.from_numpy(places[::-1][from_behind])
+def _with_index(device: torch.device | str) -> torch.device:
+    """Return a device as tensors name it: "cuda" as "cuda:0", so that devices can be compared."""
+    return torch.empty(0, device=device).device
+
+
+def _check_arguments(
+    num_rows: int, dim: int, momentum: float, dtype: torch.dtype, device: torch.device, mapped_dir: str | None
+) -> None:
+    if num_rows < 1 or dim < 1:
+        raise ValueError(f"memory bank: found {num_rows} rows of {dim} numbers, expected at least 1 of each")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"memory bank momentum: found {momentum}, expected 0 <= momentum < 1 (weight of the OLD row)")
+    if dtype not in DTYPES.values():
+        raise ValueError(f"memory bank dtype: found {dtype}, expected one of {', '.join(DTYPES)}")
+    if mapped_dir is not None and device.type != "cpu":
+        raise ValueError(f"memory bank in a mapped file: found device {device}, expected cpu")

@@ -1,10 +1,10 @@
-"""The learning rate of each step: a pure function of the configuration and the step."""
+"""Learning rate and bank momentum of each step: pure functions of the configuration and the step."""
 
 from __future__ import annotations
 
 import math
 
-from instdisc.config_sections import OptimConfig
+from instdisc.config_sections import BankConfig, OptimConfig
 
 
 def num_steps(config: OptimConfig, num_rows: int) -> int:
@@ -28,3 +28,11 @@ def learning_rate(config: OptimConfig, step: int, num_rows: int) -> float:
         progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-12, config.epochs - config.warmup_epochs))
         return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr
+
+
+def bank_momentum(config: BankConfig, step: int, steps: int) -> float:
+    """Return the weight of the OLD row in the update of global step `step` of `steps`."""
+    if config.final_momentum is None:
+        return config.momentum
+    left = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps - 1))))
+    return config.final_momentum + (config.momentum - config.final_momentum) * left

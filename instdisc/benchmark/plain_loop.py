@@ -1,25 +1,21 @@
 """The alternative of `bench step`: the paper's training step as one would write it in plain PyTorch for one process.
 
-It is what the released code of arXiv 1805.01978 computes, in today's PyTorch: a dense bank as one tensor, the bank
-update by `index_copy_` after the backward pass, and three objectives. Nothing in it is slow on purpose: no host
-synchronisation, negatives drawn on the device, log-space losses.
+Network, optimizer and `PlainBank`, whose rows are written after the backward pass.
 
-Shapes: B samples, N rows, K negatives, D feature numbers.
+Shapes: B samples, N rows, D feature numbers.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dataloading.loader import Batch
+from instdisc.bank_storage import start_rows
+from instdisc.benchmark.plain_bank import PlainBank
 from instdisc.config import TrainConfig
-from instdisc.memory_bank import start_rows
 from instdisc.models import build_encoder
 
 NEGATIVES = ("shared", "per-sample")
@@ -77,8 +73,12 @@ class PlainLoop:
             foreach=settings.optimizer == "foreach",
             fused=settings.optimizer == "fused",
         )
-        self.bank_ND = start_rows(num_rows, config.model.feature_dim, config.seed, 0, num_rows).to(device)
-        self.z: Tensor | None = None
+        self.bank = PlainBank(
+            start_rows(num_rows, config.model.feature_dim, config.seed, 0, num_rows).to(device),
+            config.objective,
+            momentum=config.bank.momentum,
+            negatives=settings.negatives,
+        )
         self._loss_sum = torch.zeros((), device=device)
         self._num_steps = 0
 
@@ -89,49 +89,14 @@ class PlainLoop:
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         indices_B = batch.indices_B.to(self.device, non_blocking=True)
         features_BD = self._embed(images_BCHW)
-        loss = self._loss(features_BD, indices_B)
+        loss = self.bank.loss(features_BD, indices_B)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        with torch.no_grad():
-            momentum = self.config.bank.momentum
-            mixed_BD = momentum * self.bank_ND.index_select(0, indices_B) + (1 - momentum) * features_BD
-            self.bank_ND.index_copy_(0, indices_B, F.normalize(mixed_BD, dim=1))
-            self._loss_sum += loss.detach()
+        self.bank.update(indices_B, features_BD.detach())
+        self._loss_sum += loss.detach()
         self._num_steps += 1
 
     def mean_loss(self) -> float:
         """Return the mean loss of the steps so far."""
         return float(self._loss_sum) / max(1, self._num_steps)
-
-    def _loss(self, features_BD: Tensor, indices_B: Tensor) -> Tensor:
-        temperature = self.config.objective.temperature
-        if self.config.objective.name == "softmax":
-            return F.cross_entropy(features_BD @ self.bank_ND.T / temperature, indices_B)
-        positive_B1, negative_BK, same_BK = self._scores(features_BD, indices_B)
-        if self.config.objective.name == "infonce":
-            negative_BK = negative_BK.masked_fill(same_BK, -math.inf)
-            scores_BL = torch.cat([positive_B1, negative_BK], dim=1)
-            return F.cross_entropy(scores_BL, torch.zeros_like(indices_B))
-        if self.z is None:
-            self.z = negative_BK.detach().exp().mean() * self.num_rows
-        # log of the odds of data against noise, P(i|v) / (m Pn) with P = exp(s) / Z and Pn = 1 / N (section 3.2).
-        shift = self.z.log() + math.log(negative_BK.shape[1] / self.num_rows)
-        positive_loss = F.softplus(shift - positive_B1).sum()
-        return (positive_loss + F.softplus(negative_BK - shift).sum()) / len(features_BD)
-
-    def _scores(self, features_BD: Tensor, indices_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores of the positives (B, 1) and of the negatives (B, K), and where a negative is the positive."""
-        num_samples, num_negatives = len(features_BD), self.config.objective.num_negatives
-        temperature = self.config.objective.temperature
-        if self.settings.negatives == "shared":
-            indices_K = torch.randint(self.num_rows, (num_negatives,), device=self.device)
-            positive_B1 = (features_BD * self.bank_ND.index_select(0, indices_B)).sum(dim=1, keepdim=True)
-            negative_BK = features_BD @ self.bank_ND.index_select(0, indices_K).T
-            return positive_B1 / temperature, negative_BK / temperature, indices_B[:, None] == indices_K
-        # Column 0 is the positive, as in lib/NCEAverage.py of the released code.
-        indices_BL = torch.randint(self.num_rows, (num_samples, num_negatives + 1), device=self.device)
-        indices_BL[:, 0] = indices_B
-        rows_BLD = self.bank_ND.index_select(0, indices_BL.view(-1)).view(num_samples, num_negatives + 1, -1)
-        scores_BL = torch.bmm(rows_BLD, features_BD[:, :, None])[:, :, 0] / temperature
-        return scores_BL[:, :1], scores_BL[:, 1:], indices_BL[:, 1:] == indices_B[:, None]

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
-from instdisc.config_sections import OBJECTIVES
+from instdisc.config_sections import BANK_DTYPES, OBJECTIVES, ObjectiveConfig
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -17,6 +17,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_step(benchmarks)
     _add_loader(benchmarks)
+    _add_bank(benchmarks)
     parser.set_defaults(run=run, takes_overrides=True)
     return parser
 
@@ -113,3 +114,55 @@ def _measure_loader(options: argparse.Namespace) -> dict[str, Any]:
         full_sweep=options.sweep == "full",
     )
     return bench_loader(benchmark, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _add_bank(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "bank",
+        help="the memory bank and its objectives against a dense bank, and whether their cost depends on N",
+        description="What a training step asks of the memory bank (fetch, score, loss, gradient, update) against a "
+        "dense bank with per-sample gather, in this process; the exact softmax against its two matrix products; peak "
+        "memory; with --table, banks of several sizes; with --workers, several workers and what they send. Minutes.",
+    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="nce", help="objective (default: nce)")
+    parser.add_argument("--per-sample", action="store_true", help="negatives of each sample's own, as in released code")
+    parser.add_argument("--rows", type=int, default=1_281_167, metavar="N", help="rows (default: 1,281,167)")
+    parser.add_argument("--dim", type=int, default=128, metavar="D", help="numbers of a row (default: 128)")
+    parser.add_argument("--negatives", type=int, default=4096, metavar="K", help="negatives (default: 4,096)")
+    parser.add_argument("--batch", type=int, default=256, metavar="B", help="samples of all workers (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.07, help="temperature (default: 0.07)")
+    parser.add_argument("--dtype", choices=BANK_DTYPES, default="float32", help="storage of our rows")
+    parser.add_argument("--score-mib", type=int, default=256, help="most MiB of softmax scores (default: 256)")
+    parser.add_argument("--workers", type=int, default=1, metavar="W", help="measure so many workers of this machine")
+    parser.add_argument(
+        "--table", type=int, nargs="*", default=[], metavar="N", help="rows of float16 banks to compare"
+    )
+    parser.add_argument("--trials", type=int, default=7, help="timed trials of each side (default: 7)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a trial (default: 10)")
+    parser.add_argument("--threads", type=int, help="CPU threads of both sides (default: all usable cores)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(measure=_measure_bank)
+
+
+def _measure_bank(options: argparse.Namespace) -> dict[str, Any]:
+    from instdisc.benchmark.bank import BankBenchmark, bench_bank
+
+    benchmark = BankBenchmark(
+        objective=ObjectiveConfig(
+            name=options.objective,
+            temperature=options.temperature,
+            num_negatives=options.negatives,
+            per_sample=options.per_sample,
+            score_mib=options.score_mib,
+        ),
+        num_rows=options.rows,
+        dim=options.dim,
+        batch=options.batch,
+        dtype=options.dtype,
+        workers=options.workers,
+        table=tuple(options.table),
+        trials=options.trials,
+        steps=options.steps,
+        threads=options.threads,
+    )
+    return bench_bank(benchmark, lambda line: print(line, file=sys.stderr, flush=True))

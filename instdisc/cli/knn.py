@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     finally:
         progress.close()
     bank_ND = load_bank(options.uri).rows_ND.to(gallery_ND.device)
-    labels_N, labels_Q = (torch.from_numpy(d.index.labels_N) for d in (train, test))
+    labels_N, labels_Q = (torch.tensor(d.index.labels_N) for d in (train, test))
     scores: dict[str, float] = {}
     for name, rows_ND in (("knn_top1", gallery_ND), ("knn_bank_top1", bank_ND)):
         votes_QC = knn_classify(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from instdisc import __version__
+from instdisc.cli.output import printable
 from instdisc.cli.overrides import split_overrides
 
 # In the order of `--help`. Modules load when their command is parsed; none of them imports torch before it runs.
@@ -63,7 +64,8 @@ def _tell(error: BaseException, code: int, with_traceback: bool) -> int:
         traceback.print_exception(error)
     name = "error" if code == USER_ERROR else f"failed ({type(error).__name__})"
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []) if "Traceback" not in note)
-    print(f"instdisc: {name}: {_message(error)}{notes}", file=sys.stderr)
+    lines = f"instdisc: {name}: {_message(error)}{notes}".split("\n")
+    print("\n".join(map(printable, lines)), file=sys.stderr)
     return code
 
 

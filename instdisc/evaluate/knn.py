@@ -5,6 +5,7 @@ Shapes: B queries, N gallery rows, R gallery rows of this rank, C classes, k nei
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from cluster.collectives import Group, all_gather_rows, gather_counts
 
-_QUERY_BLOCK_SCORES = 2**24
+_BLOCK_SCORES = 2**24
+_GALLERY_BLOCK = 2**16
 
 _MAX_LOGIT = 690.0
 
@@ -38,11 +40,21 @@ def knn_classify(
 def nearest(queries_BD: Tensor, gallery_ND: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the cosines, float32 (B, k), and the gallery rows, int64 (B, k), of the k nearest, the nearest first."""
     queries_BD = F.normalize(queries_BD.float(), dim=1)
-    gallery_ND = F.normalize(gallery_ND.float(), dim=1)
-    k = min(k, len(gallery_ND))
-    block = max(1, _QUERY_BLOCK_SCORES // max(1, len(gallery_ND)))
-    parts = [torch.topk(part_bD @ gallery_ND.T, k, dim=1) for part_bD in queries_BD.split(block)]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+    k, device = min(k, len(gallery_ND)), queries_BD.device
+    scores_Bk = queries_BD.new_full((len(queries_BD), k), -math.inf)
+    indices_Bk = torch.zeros((len(queries_BD), k), dtype=torch.int64, device=device)
+    for start in range(0, len(gallery_ND), _GALLERY_BLOCK):
+        # A block at a time, so that rows of 16 bits or in another memory are never converted or copied as a whole.
+        block_CD = F.normalize(gallery_ND[start : start + _GALLERY_BLOCK].to(device, torch.float32), dim=1)
+        size = max(1, _BLOCK_SCORES // len(block_CD))
+        for first in range(0, len(queries_BD), size):
+            part = slice(first, first + size)
+            both_bC = torch.cat([scores_Bk[part], queries_BD[part] @ block_CD.T], dim=1)
+            scores_Bk[part], chosen_bk = torch.topk(both_bC, k, dim=1)
+            # The first k places are those of the blocks before, the others those of this one.
+            before_bk = indices_Bk[part].gather(1, chosen_bk.clamp(max=k - 1))
+            indices_Bk[part] = torch.where(chosen_bk < k, before_bk, chosen_bk - k + start)
+    return scores_Bk, indices_Bk
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.collectives import Group, all_reduce_sum
+from cluster.collectives import Group, PendingSum, start_all_reduce_sum
 
 
 class Normalizer:
@@ -28,8 +28,9 @@ class Normalizer:
     ) -> None:
         self._kind, self._decay, self._group = kind, decay, group
         self._log_num_rows, self._shift = math.log(num_rows), 1 / temperature
-        self._constant = torch.full((), math.nan, dtype=torch.float64, device=device)
-        self._running = torch.full((), math.nan, dtype=torch.float64, device=device)
+        # Until a batch has told, scores count as 0: a first batch of damaged images has no estimate.
+        self._constant = torch.full((), self._log_num_rows, dtype=torch.float64, device=device)
+        self._running = self._constant.clone()
         self.started = False
 
     @property
@@ -43,19 +44,30 @@ class Normalizer:
         return self._running.float()
 
     def observe(self, scores: Sequence[Tensor], num_scores: int) -> None:
-        """Take in a step's scores v_k.v / τ, any shapes. Collective; num_scores: of all ranks together.
+        """Take in a step's scores as `start_observation` and `finish` do, at once. Collective."""
+        self.finish(self.start_observation(scores), num_scores)
 
-        Z is N times the mean of exp(v_k.v / τ) over the samples and negatives of all ranks (section 3.2). The first
-        call sets it, so it comes before the first loss; later ones move the running estimate.
+    def start_observation(self, scores: Sequence[Tensor]) -> PendingSum:
+        """Start adding up exp(v_k.v / τ) over the scores of all ranks. Collective.
+
+        scores: v_k.v / τ of this rank, any shapes, or logs of sums of their exponentials.
         """
-        if num_scores == 0:
-            return  # on every rank: a batch of damaged images alone says nothing of Z
         # Scores of unit vectors are at most 1/τ, so with that shift no exponential overflows on any rank.
         total = torch.zeros((), dtype=torch.float64, device=self._running.device)
         for part in scores:
             # The exponential in float64: at small τ it is below the least float32.
             total += (torch.logsumexp(part.flatten(), dim=0).double() - self._shift).exp()
-        total = all_reduce_sum(total, self._group)
+        return start_all_reduce_sum(total, self._group)
+
+    def finish(self, observation: PendingSum, num_scores: int) -> None:
+        """Take in an observation. num_scores: of all ranks together.
+
+        Z is N times the mean of exp(v_k.v / τ) over the samples and negatives of all ranks (section 3.2). The first
+        one sets it, so it comes before the first loss; later ones move the running estimate.
+        """
+        total = observation.wait()
+        if num_scores == 0:
+            return  # a batch of damaged images alone says nothing of Z
         estimate = self._log_num_rows + self._shift + torch.log(total / num_scores)
         if not self.started:
             self._constant, self._running, self.started = estimate, estimate.clone(), True

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows, gather_counts, reduce_scatter_rows
+from instdisc.config_sections import MIN_SUM_TEMPERATURE
 from instdisc.memory_bank import ShardedMemoryBank
 
 SCORE_BYTES = 256 * 2**20
-MIN_TEMPERATURE = 0.025
+CACHED_SCORE_BYTES = 2**22
+"""On a CPU blocks are no larger than this: scores that stay in its caches are read again for nothing."""
 
 
 def softmax_loss(
@@ -23,34 +25,68 @@ def softmax_loss(
     bank: ShardedMemoryBank,
     *,
     temperature: float,
-    positives_BD: Tensor | None = None,
-    counts_W: Sequence[int] | None = None,
     score_bytes: int = SCORE_BYTES,
 ) -> Tensor:
     """Return the mean over the B samples of -log(exp(v_i.v/τ) / sum_j exp(v_j.v/τ)), j over all N, a float32 scalar.
 
     Collective: each rank brings its own batch, and its gradient covers its own features. Bank rows get no gradient.
-
-    Each rank goes over the rows that it owns in blocks whose scores take at most `score_bytes`. Scores of unit
-    vectors lie in [-1/τ, 1/τ], so one pass with the fixed shift 1/τ accumulates Z = sum_j exp(s_j - 1/τ) and
-    S = sum_j exp(s_j - 1/τ) v_j. Both are sums over the ranks' rows: one reduce-scatter brings each rank those of its
-    own samples. With them the loss is log Z + 1/τ - s_i and its gradient (S / Z - v_i) / τ.
-
-    indices_B: int64 on the CPU. positives_BD, counts_W: the samples' own rows, float32, and B of every rank, where the
-    caller knows them (all ranks or none). temperature: at least 0.025, since exp(-2/τ) must stay a normal float32.
-    With B = 0 the loss is 0.
+    indices_B: int64 on the CPU. temperature, score_bytes: as in `softmax_losses`. With B = 0 the loss is 0.
     """
-    if temperature < MIN_TEMPERATURE:
-        raise ValueError(f"softmax_loss temperature: found {temperature}, expected at least {MIN_TEMPERATURE}")
-    counts_W = counts_W or gather_counts(len(indices_B), bank.group)
-    if positives_BD is None:
-        positives_BD = bank.lookup(indices_B, counts_W=counts_W)
-    loss_B = _ExactSoftmax.apply(features_BD.float(), positives_BD, bank, temperature, counts_W, score_bytes)
-    return loss_B.sum() / max(1, len(loss_B))
+    counts_W = gather_counts(len(indices_B), bank.group)
+    losses_B = softmax_losses(
+        features_BD,
+        bank.lookup(indices_B, counts_W=counts_W),
+        bank,
+        temperature=temperature,
+        counts_W=counts_W,
+        score_bytes=score_bytes,
+    )
+    return losses_B.sum() / max(1, len(losses_B))
+
+
+def softmax_losses(
+    features_BD: Tensor,
+    positives_BD: Tensor,
+    bank: ShardedMemoryBank,
+    *,
+    temperature: float,
+    counts_W: Sequence[int],
+    score_bytes: int = SCORE_BYTES,
+) -> Tensor:
+    """Return the loss of each sample, float32 (B,). Collective.
+
+    positives_BD: the samples' own rows, float32. counts_W: B of every rank. temperature: at least 0.025, so that sums
+    of exp(s) for s in [-1/τ, 1/τ] are float32 numbers. score_bytes: most bytes of scores at a time. Raises ValueError
+    for a temperature or a limit that is too small.
+    """
+    if temperature < MIN_SUM_TEMPERATURE:
+        raise ValueError(f"softmax_loss temperature: found {temperature}, expected at least {MIN_SUM_TEMPERATURE}")
+    if score_bytes < 4 * sum(counts_W):
+        raise ValueError(
+            f"softmax_loss score_bytes: found {score_bytes}, expected at least {4 * sum(counts_W)}, one row of "
+            f"the bank for {sum(counts_W)} samples"
+        )
+    return _ExactSoftmax.apply(  # pyright: ignore[reportReturnType]
+        features_BD.float(), positives_BD, bank, temperature, counts_W, score_bytes
+    )
 
 
 class _ExactSoftmax(torch.autograd.Function):
-    """Loss per sample; the gradient is ready when the forward pass ends, since S comes with Z."""
+    """Loss and gradient of each sample from one pass over the bank, in which no rank holds G x N scores.
+
+    With s_j = v_j.v / τ the loss of a sample is  L = log Z - s_i,  Z = sum_j exp(s_j),  and since  ds_j/dv = v_j / τ,
+
+        dL/dv = (sum_j exp(s_j) v_j / Z - v_i) / τ = (S / Z - v_i) / τ,  S = sum_j exp(s_j) v_j.
+
+    Z and S are sums over rows, so each rank adds up those of the rows that it owns, for the features of all ranks,
+    block by block: a product for the scores, exp, a product with the same rows. One reduce-scatter adds the ranks' sums
+    and brings each rank those of its own samples: G x (D+1) numbers, whatever N. The gradient is ready when the forward
+    pass ends; the backward pass scales it.
+
+    Scores of unit vectors lie in [-1/τ, 1/τ], so no maximum is searched for: with a fixed shift c, exp(s - c) neither
+    overflows nor vanishes for τ >= 0.025 and any N below 10^20. c = 0 lies in the middle of that range and costs no
+    pass over the scores.
+    """
 
     @staticmethod
     def forward(ctx, features_BD, positives_BD, bank, temperature, counts_W, score_bytes):
@@ -59,8 +95,7 @@ class _ExactSoftmax(torch.autograd.Function):
         sums_BE = reduce_scatter_rows(sums_GE, counts_W, bank.group)
         weighted_BD, z_B = sums_BE[:, :-1], sums_BE[:, -1]
         ctx.save_for_backward((weighted_BD / z_B[:, None] - positives_BD) / temperature)
-        score_B = (features_BD * positives_BD).sum(dim=1) / temperature
-        return z_B.log() + 1 / temperature - score_B
+        return z_B.log() - (features_BD * positives_BD).sum(dim=1) / temperature
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -68,15 +103,26 @@ class _ExactSoftmax(torch.autograd.Function):
         return grad_outputs[0][:, None] * gradient_BD, None, None, None, None, None
 
 
-def _sums_over_rows(features_GD, rows_RD, temperature, score_bytes):
-    """Return S and, in the last column, Z over the rows of this rank, block by block: (G, E), E = D + 1."""
+def _sums_over_rows(features_GD: Tensor, rows_RD: Tensor, temperature: float, score_bytes: int) -> Tensor:
+    """Return S and, in the last column, Z over the rows of this rank: float32 (G, E), E = D + 1.
+
+    Rows of 16 bits and rows in host memory are converted and copied a block at a time, never the shard.
+    """
     num_features, dim = features_GD.shape
     sums_GE = features_GD.new_zeros(num_features, dim + 1)
-    block_rows = max(1, score_bytes // (4 * max(1, num_features)))
+    if num_features == 0:
+        return sums_GE
+    if features_GD.device.type == "cpu":
+        score_bytes = min(score_bytes, max(CACHED_SCORE_BYTES, 4 * num_features))
+    # With few samples a block's converted rows take more than its scores: they are held to the same limit.
+    block_rows = max(1, min(len(rows_RD), score_bytes // (4 * max(num_features, dim))))
     scaled_GD = features_GD / temperature
+    memory = features_GD.new_empty(num_features * block_rows)
     for start in range(0, len(rows_RD), block_rows):
-        block_CD = rows_RD[start : start + block_rows].float()
-        scores_GC = torch.matmul(scaled_GD, block_CD.T).sub_(1 / temperature).exp_()
+        block_CD = rows_RD[start : start + block_rows].to(features_GD.device, torch.float32, non_blocking=True)
+        scores_GC = memory[: num_features * len(block_CD)].view(num_features, -1)
+        torch.mm(scaled_GD, block_CD.T, out=scores_GC).exp_()
         sums_GE[:, -1] += scores_GC.sum(dim=1)
         sums_GE[:, :-1].addmm_(scores_GC, block_CD)
+        del block_CD  # before the next one is made
     return sums_GE

@@ -48,7 +48,7 @@ class KnnEvaluator:
         neighbours = self._nearest(queries_QD, gallery_RD)
         if not self._labelled:
             return Evaluation({}, neighbours)
-        bank_neighbours = self._nearest(queries_QD, state.bank.rows.float())
+        bank_neighbours = self._nearest(queries_QD, state.bank.rows)
         scores = {"knn_top1": self._top1(neighbours), "knn_bank_top1": self._top1(bank_neighbours)}
         return Evaluation(scores, neighbours)
 

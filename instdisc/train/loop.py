@@ -16,9 +16,10 @@ from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
 from instdisc.config import TrainConfig
 from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, num_steps
+from instdisc.train.bank_health import BankHealth, measure
 from instdisc.train.evaluation import Evaluation, KnnEvaluator
 from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
-from instdisc.train.metrics import check_finite, finite_or_none
+from instdisc.train.metrics import check_collapse, check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
 from instdisc.train.plan import BatchPlan
@@ -149,10 +150,13 @@ class Training:
     def _look(self) -> bool:
         """Read the metrics, evaluate and save what is due; return whether to stop. Collective."""
         step, every = self.state.step, self.config.checkpoint.every_steps
+        self.stepper.settle()
         shares = self.stepper.sums.read()
         read = {
             **{name: finite_or_none(value) for name, value in shares.items()},
             "non_finite_step": int(self.state.bank.non_finite_step),
+            "all_same_step": int(self.state.bank.all_same_step),
+            "health": asdict(measure(self.state.bank, step)),
             "data_wait": self.monitor.data_wait_share(),
             "bad_rows": [(bad.row, bad.name, bad.reason) for bad in self.loader.failed_rows(self._told_bad)],
             # Clocks and signals differ between ranks: those of rank 0 count.
@@ -164,7 +168,9 @@ class Training:
         by_rank = self.worker.all_gather_object(read)
         self._next_look = step + max(1, min(self.config.system.log_every, by_rank[0]["steps_to_next_look"]))
         check_finite(by_rank, (self.monitor.last_look, step))
+        check_collapse(by_rank)
         self._report_bad_images(by_rank)
+        self.monitor.check_bank(self.state, [BankHealth(**read["health"]) for read in by_rank], len(self.bad_images))
         self.monitor.show(
             self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows), len(self.bad_images)
         )

@@ -1,11 +1,13 @@
 """What a run shows of itself while it goes on: the progress line's events, TensorBoard, and times.
 
-Shapes: R rows of this rank.
+Shapes: S rows of a sample of this rank's.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +21,10 @@ from dataloading.index import Dataset
 from dataloading.loader import Batch
 from instdisc.bad_images import BAD_IMAGES
 from instdisc.config import TrainConfig
+from instdisc.memory_bank import NEVER
 from instdisc.pictures import image_grid
 from instdisc.runs import Run
+from instdisc.train.bank_health import BankHealth, DeadBankError, problems, sample_places
 from instdisc.train.evaluation import Evaluation
 from instdisc.train.metrics import NAMES
 from instdisc.train.plan import BatchPlan
@@ -29,7 +33,6 @@ from instdisc.train.tensorboard import EventWriter, log_z_advice
 
 _BATCH_IMAGES = 64
 _SHOWN_SIDE = 96  # pixels; smaller images are enlarged
-_NORM_SAMPLE = 65536
 
 
 class Monitor:
@@ -40,9 +43,10 @@ class Monitor:
         self._num_steps, self._num_rows = num_steps, num_rows
         self._events: EventWriter | None = None
         self._started_s = self._look_s = self._saved_s = time.monotonic()
-        self._waited_s = self._busy_s = 0.0
+        self._waited_s = 0.0
         self._first_step = self.last_look = 0
         self._advised = self._batch_shown = self._told_bad = False
+        self._told_health: set[str] = set()
 
     def open_events(self, step: int) -> None:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
@@ -136,6 +140,28 @@ class Monitor:
         self._advise_on_z(state)
         self._write_events(state, means, lr, speed, data_wait, num_bad)
 
+    def check_bank(self, state: TrainState, by_rank: Sequence[BankHealth], num_bad: int) -> None:
+        """Show the bank's health, and end the run, or warn, where training is pointless.
+
+        Raises DeadBankError on every rank. num_bad: damaged images known.
+        """
+        drift = None
+        if state.config.objective.name == "nce":
+            drift = float(state.normalizer.running_log_z) - float(state.normalizer.log_z)
+        epoch = state.step * self._config.optim.global_batch / self._num_rows
+        pointless, doubtful = problems(by_rank, step=state.step, epoch=epoch, num_bad=num_bad, log_z_drift=drift)
+        if self._events is not None:
+            self._events.scalars(state.step, {**_bank_values(by_rank), "nce/log_z_drift": drift})
+        if pointless and self._config.system.bank_checks == "error":
+            raise DeadBankError(
+                f"{'; '.join(pointless)}. Nothing was saved since the last checkpoint; system.bank_checks=warn goes on"
+            )
+        for text in pointless + doubtful:
+            kind = re.sub(r"[\d.,+-]+", "", text)
+            if kind not in self._told_health:  # once, whatever the rank, the step and the figures
+                self._told_health.add(kind)
+                self._warn(text)
+
     def show_evaluation(
         self, state: TrainState, evaluation: Evaluation, train_set: Dataset, test_set: Dataset | None
     ) -> None:
@@ -197,7 +223,6 @@ class Monitor:
     ) -> None:
         if self._events is None:
             return
-        norms_R = state.bank.rows[:_NORM_SAMPLE].float().norm(dim=1)
         values = {
             "train/loss": means["loss"],
             "train/lr": lr,
@@ -206,17 +231,30 @@ class Monitor:
             "train/positive_score": means["positive_score"],
             "train/negative_score": means["negative_score"],
             "data/bad_rows": float(num_bad),
-            "bank/row_norm_min": float(norms_R.min()) if len(norms_R) else None,
-            "bank/row_norm_max": float(norms_R.max()) if len(norms_R) else None,
-            "bank/written_share": float((state.bank.last_step >= 0).float().mean()),
         }
         if state.config.objective.name == "nce":
             values["nce/log_z"] = float(state.normalizer.log_z)
             values["nce/log_z_running"] = float(state.normalizer.running_log_z)
         self._events.scalars(state.step, values)
-        written_R = state.bank.last_step[state.bank.last_step >= 0]
-        if len(written_R):
-            self._events.histogram(state.step, "bank/staleness_steps", (state.step - 1 - written_R).cpu())
+        last_S = state.bank.last_step[sample_places(len(state.bank.last_step), state.bank.device)]
+        written_S = last_S[last_S != NEVER]
+        if len(written_S):
+            self._events.histogram(state.step, "bank/staleness_steps", (state.step - 1 - written_S).cpu())
+
+
+def _bank_values(by_rank: Sequence[BankHealth]) -> dict[str, float | None]:
+    """Return the shards' health as that of the whole bank."""
+    lengths = [h.norm_mean for h in by_rank if h.norm_mean is not None]
+    return {
+        "bank/row_norm_min": min((h.norm_min for h in by_rank if h.norm_min is not None), default=None),
+        "bank/row_norm_mean": statistics.fmean(lengths) if lengths else None,
+        "bank/row_norm_max": max((h.norm_max for h in by_rank if h.norm_max is not None), default=None),
+        "bank/written_share": sum(h.num_written for h in by_rank) / max(1, sum(h.num_rows for h in by_rank)),
+        "bank/staleness_mean": statistics.fmean(
+            [h.staleness_mean for h in by_rank if h.staleness_mean is not None] or [0.0]
+        ),
+        "bank/effective_rank": min((h.effective_rank for h in by_rank if h.effective_rank is not None), default=None),
+    }
 
 
 def _readable(num_bytes: float) -> str:

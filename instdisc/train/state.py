@@ -5,6 +5,7 @@ Shapes: N rows of the data set, D feature numbers.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,8 +79,9 @@ class TrainState:
                 # In the parameter's own layout (channels last): fused SGD goes over both memories side by side.
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         bank = self.bank
-        bank.rows.copy_(checkpoint.rows("bank", bank.start, bank.stop))
-        bank.last_step.copy_(checkpoint.rows("bank_last_step", bank.start, bank.stop))
+        bank.restore(
+            checkpoint.rows("bank", bank.start, bank.stop), checkpoint.rows("bank_last_step", bank.start, bank.stop)
+        )
         self.step = checkpoint.state["step"]
         self.normalizer.load_state_dict(checkpoint.state["normalizer"])
         self.curves = {name: [(s, v) for s, v in curve] for name, curve in checkpoint.state["curves"].items()}
@@ -87,12 +89,14 @@ class TrainState:
 
 def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainState:
     """Return the state before step 0, alike on every rank but for the bank's rows that each owns. Collective."""
+    # Groups of their own: nothing of these waits for the gradients, nor for each other.
     bank_group: Group = dist.new_group() if worker.world_size > 1 else None
+    statistics_group: Group = dist.new_group() if worker.world_size > 1 else None
     encoder = build_encoder(config.model, config.seed).to(worker.device)
     require_fitting_images(encoder, config, worker.device)
     if use_channels_last(config, worker.device):
         encoder = encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    batch_norm = GroupedBatchNorm(encoder)
+    batch_norm = GroupedBatchNorm(encoder, statistics_group)
     optim = config.optim
     optimizer = torch.optim.SGD(
         encoder.parameters(),
@@ -107,7 +111,9 @@ def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainStat
         config.model.feature_dim,
         momentum=config.bank.momentum,
         dtype=DTYPES[config.bank.dtype],
-        device=worker.device,
+        device=worker.device if config.bank.device == "auto" else "cpu",
+        work_device=worker.device,
+        mapped_dir=(config.bank.mapped_dir or tempfile.gettempdir()) if config.bank.device == "mapped" else None,
         seed=config.seed,
         group=bank_group,
     )
@@ -117,7 +123,7 @@ def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainStat
         num_rows=num_rows,
         temperature=config.objective.temperature,
         device=worker.device,
-        group=bank_group,
+        group=statistics_group,
     )
     parallel = wrap(encoder, worker, config)
     return TrainState(config, encoder, parallel, optimizer, batch_norm, bank, normalizer)

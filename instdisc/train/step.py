@@ -1,7 +1,8 @@
 """One training step, which reads as the method does.
 
-Wait for the bank's rows, embed, score, loss, backward, optimizer, bank update, start fetching the next rows. Nothing
-in it waits for the device on the host; the metrics stay there until the loop reads them.
+Embed, wait for the bank's rows, score, loss, backward, optimizer, bank update. The rows were fetched, and features are
+gathered, behind other work (`instdisc.rows_ahead`). Nothing in a step waits for the device on the host, but for hard
+negatives and a bank in another memory than the device's; the metrics stay there until the loop reads them.
 
 Shapes: B samples of this rank, G of all ranks, b of one group, K negatives, D feature numbers, W ranks.
 """
@@ -10,121 +11,180 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.collectives import all_gather_rows
+from cluster.collectives import PendingSum, all_reduce_sum, start_all_gather_rows
 from cluster.worker import Worker
 from dataloading.loader import Batch
 from dataloading.order import Order, StepRows
 from dataloading.philox import Purpose, words
-from instdisc.memory_bank import GlobalBatch, PendingLookup, PendingUpdate
-from instdisc.negatives import negative_indices
-from instdisc.objectives import infonce_loss, softmax_loss
-from instdisc.objectives.nce import nce_loss_and_scores
-from instdisc.schedule import learning_rate
+from instdisc.bank_update import PendingUpdate
+from instdisc.rows_ahead import FetchedRows, RowsAhead
+from instdisc.schedule import bank_momentum, learning_rate, num_steps
+from instdisc.timeline import Timeline
 from instdisc.train.metrics import StepSums
 from instdisc.train.plan import BatchPlan
+from instdisc.train.scoring import Group, Scorer
 from instdisc.train.state import TrainState, autocast_dtype, use_channels_last
 
 
-@dataclass(frozen=True)
-class _Fetching:
-    """The bank's rows of a step on their way: those of its G samples and of its K negatives."""
-
-    lookup: PendingLookup
-    indices_K: Tensor | None
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """The bank's rows that a step reads, float32, as the step before left them."""
-
-    positives_GD: Tensor
-    negatives_KD: Tensor
-    indices_K: Tensor | None
-
-
 class Stepper:
-    """Runs the steps of one rank; between them it holds only the bank's rows that are on their way."""
+    """Runs the steps of one rank.
 
-    def __init__(self, state: TrainState, plan: BatchPlan, worker: Worker, order: Order) -> None:
+    Between steps rows of the bank, the last features and the last observation of Z may be on their way; `settle` waits
+    for them, and must be called before the state is evaluated or saved. timeline: takes down when the parts of a step
+    ran.
+    """
+
+    def __init__(
+        self, state: TrainState, plan: BatchPlan, worker: Worker, order: Order, timeline: Timeline | None = None
+    ) -> None:
         self.state, self.plan, self.worker = state, plan, worker
         self.sums = StepSums(worker.device)
-        self._negatives = 0 if state.config.objective.name == "softmax" else state.config.objective.num_negatives
-        self._autocast = autocast_dtype(state.config, worker.device)
-        self._channels_last = use_channels_last(state.config, worker.device)
+        self.timeline = timeline or Timeline(None)
+        config, bank = state.config, state.bank
+        self._scorer = Scorer(config.objective, bank, state.normalizer, config.seed)
+        self._num_steps = num_steps(config.optim, bank.num_rows)
+        self._autocast = autocast_dtype(config, worker.device)
+        self._channels_last = use_channels_last(config, worker.device)
         self._has_dropout = any(isinstance(m, torch.nn.Dropout) for m in state.encoder.modules())
-        self._step_rows = StepRows(order, plan.global_batch, (0, plan.global_batch))
-        self._fetching: _Fetching | None = None
+        self._own = slice(*plan.offsets(worker.rank))
+        at_hand = bank.world_size == 1 and bank.device == worker.device and not bank.is_mapped
+        self._rows = RowsAhead(
+            bank,
+            StepRows(order, plan.global_batch, (0, plan.global_batch)).rows,
+            global_batch=plan.global_batch,
+            num_negatives=config.objective.num_shared_negatives,
+            negatives_seed=config.seed,
+            ahead=0 if at_hand else config.bank.fetch_ahead,
+        )
+        self._observation: tuple[PendingSum, PendingUpdate] | None = None
 
     def step(self, batch: Batch) -> None:
         """Run the state's next global step on this rank's part of it. Collective."""
         state, plan, step = self.state, self.plan, self.state.step
-        valid_G = all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
-        whole = GlobalBatch(torch.from_numpy(self._step_rows.rows(step)), valid_G, plan.counts_W)
-        fetched = self._fetched_rows(step)
-        if state.config.objective.name == "nce" and not state.normalizer.started:
-            self._start_normalizer(batch, whole, fetched.negatives_KD)
+        validity = start_all_gather_rows(batch.valid_B, plan.counts_W, state.bank.group)
+        with self.timeline.span("start fetch"):
+            self._rows.start(step)
+        rows = None if self._is_ready_to_score() else self._start_normalizer(batch, step)
 
         features: list[Tensor] = []
-        scores: list[Tensor] = []
+        losses: list[Tensor] = []
+        log_sums: list[Tensor] = []
         update: PendingUpdate | None = None
         for slot, offsets_W in enumerate(plan.slots):
             is_last = slot == len(plan.slots) - 1
             with self._gradient_exchange(is_last):
-                features_bD = self._embed(batch, offsets_W, exchange=is_last)
+                with self.timeline.span("embed"):
+                    features_bD = self._embed(batch, offsets_W, exchange=is_last)
+                # The rows had until now to arrive.
+                rows = rows or self._take_rows(step)
+                with self.timeline.span("score"):
+                    group = Group(features_bD, slice(*offsets_W[self.worker.rank]), offsets_W)
+                    losses_b, log_sums_b = self._scorer.losses(group, rows, step)
                 features.append(features_bD.detach())
-                loss, scores_bK = self._loss(features_bD, batch, whole, offsets_W, fetched)
-                scores.append(scores_bK)
+                losses.append(losses_b.detach())
+                log_sums.append(self._of_valid(log_sums_b, batch, group.own))
                 if is_last:
                     # Everything but the gradients is known by now: it travels while they are computed.
-                    update = state.bank.start_update(whole, torch.cat(features), step)
+                    update = state.bank.start_update(
+                        rows.indices_G,
+                        plan.counts_W,
+                        validity,
+                        torch.cat(features),
+                        step,
+                        bank_momentum(state.config.bank, step, self._num_steps),
+                    )
+                    self._observe(log_sums, update)
                     state.batch_norm.start_exchange()
-                if loss.requires_grad:
-                    # DDP averages over the ranks; the loss is a mean over the valid samples of all of them.
-                    (loss * self.worker.world_size).backward()
-            mine = slice(*offsets_W[self.worker.rank])
-            self.sums.add_group(loss, features_bD, fetched.positives_GD, mine, valid_G, whole.num_valid)
-
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(state.config.optim, step, state.bank.num_rows)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.batch_norm.finish_step(plan.num_groups, step)
-        if state.config.objective.name == "nce":
-            state.normalizer.observe(scores, whole.num_valid * self._negatives)
+                with self.timeline.span("backward"):
+                    self._backward(losses_b, batch, group.own)
         assert update is not None
-        update.finish()
-        self.sums.num_steps += 1
+        assert rows is not None
+        self._scale_gradients(update)
+        with self.timeline.span("optimizer"):
+            for param_group in state.optimizer.param_groups:
+                param_group["lr"] = learning_rate(state.config.optim, step, state.bank.num_rows)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+        self._rows.will_write(update)
+        self.sums.add_step(torch.cat(losses), torch.cat(features), rows.positives_GD, self._own, update.batch)
         state.step = step + 1
-        self._start_fetching(state.step)
 
-    def _start_fetching(self, step: int) -> None:
-        """Start fetching the rows that `step` reads: those of its samples and its negatives, known from the stream."""
-        state = self.state
-        wanted, indices_K = [torch.from_numpy(self._step_rows.rows(step))], None
-        if self._negatives:
-            indices_K = negative_indices(state.config.seed, step, self._negatives, state.bank.num_rows)
-            wanted.append(indices_K)
-        self._fetching = _Fetching(state.bank.start_lookup(torch.cat(wanted)), indices_K)
+    def settle(self) -> None:
+        """Bring the whole state to where the last step left it. Waits for what is on its way. Collective."""
+        self._settle_exchanges()
+        self.state.batch_norm.put_back(self.state.step)
 
-    def _fetched_rows(self, step: int) -> _Fetched:
-        """Wait for the rows that `step` reads."""
-        if self._fetching is None:
-            self._start_fetching(step)
-        assert self._fetching is not None
-        rows_MD, indices_K = self._fetching.lookup.wait(), self._fetching.indices_K
-        self._fetching = None
-        return _Fetched(rows_MD[: self.plan.global_batch], rows_MD[self.plan.global_batch :], indices_K)
+    def _settle_exchanges(self) -> None:
+        self._rows.settle()
+        self.state.batch_norm.finish_step(self.plan.num_groups)
+        if self._observation is not None:
+            total, update = self._observation
+            self._observation = None
+            self.state.normalizer.finish(total, update.batch.num_valid * self.state.config.objective.num_negatives)
+
+    def _take_rows(self, step: int) -> FetchedRows:
+        with self.timeline.span("wait for rows"):
+            self._settle_exchanges()
+            return self._rows.take(step)
+
+    def _backward(self, losses_b: Tensor, batch: Batch, own: slice) -> None:
+        """Add this group's share to the gradient of the mean loss over the G samples."""
+        valid_b = self._valid(batch, own)
+        if not valid_b.all():
+            losses_b = torch.where(valid_b.to(losses_b.device, non_blocking=True), losses_b, 0)
+        # DDP averages over the ranks; the loss is a mean over the samples of all of them.
+        loss = losses_b.sum() * (self.worker.world_size / self.plan.global_batch)
+        if loss.requires_grad:
+            loss.backward()
+
+    def _scale_gradients(self, update: PendingUpdate) -> None:
+        """Turn the mean over G into the mean over the valid samples of G: how many those are is known by now."""
+        num_valid = update.batch.num_valid
+        if num_valid not in (0, self.plan.global_batch):
+            gradients = [p.grad for p in self.state.encoder.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self.plan.global_batch / num_valid)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _valid(self, batch: Batch, own: slice) -> Tensor:
+        return (
+            batch.valid_B[own.start - self._own.start : own.stop - self._own.start] if own.stop else batch.valid_B[:0]
+        )
+
+    def _of_valid(self, log_sums_b: Tensor | None, batch: Batch, own: slice) -> Tensor:
+        if log_sums_b is None:
+            return torch.empty(0, device=self.worker.device)
+        valid_b = self._valid(batch, own).to(log_sums_b.device, non_blocking=True)
+        return log_sums_b.detach().masked_fill(~valid_b, -torch.inf)
+
+    def _observe(self, log_sums: Sequence[Tensor], update: PendingUpdate) -> None:
+        if self.state.config.objective.name == "nce":
+            self._observation = self.state.normalizer.start_observation(log_sums), update
+
+    def _is_ready_to_score(self) -> bool:
+        return self.state.config.objective.name != "nce" or self.state.normalizer.started
+
+    @torch.no_grad()
+    def _start_normalizer(self, batch: Batch, step: int) -> FetchedRows:
+        """Estimate Z before the first loss, over the samples of all ranks and the step's negatives; return the rows."""
+        rows = self._take_rows(step)
+        log_sums: list[Tensor] = []
+        for offsets_W in self.plan.slots:
+            features_bD = self._embed(batch, offsets_W, exchange=False)
+            group = Group(features_bD, slice(*offsets_W[self.worker.rank]), offsets_W)
+            log_sums.append(self._of_valid(self._scorer.log_sums(group, rows, step), batch, group.own))
+        self.state.batch_norm.discard()
+        num_valid = all_reduce_sum(batch.valid_B.sum()[None], self.state.bank.group)
+        self.state.normalizer.observe(log_sums, int(num_valid) * self.state.config.objective.num_negatives)
+        return rows
 
     def _embed(self, batch: Batch, offsets_W: Sequence[tuple[int, int]], *, exchange: bool) -> Tensor:
         """Return the features of this rank's group, float32 (b, D), with b = 0 where its slot is empty."""
         start, stop = offsets_W[self.worker.rank]
-        first = self.plan.offsets(self.worker.rank)[0]
+        first = self._own.start
         if start == stop and not (exchange and isinstance(self.state.parallel, DistributedDataParallel)):
             return torch.zeros((0, self.state.bank.dim), device=self.worker.device)
         if start == stop:
@@ -142,65 +202,6 @@ class Stepper:
         device = self.worker.device.type
         with torch.autocast(device, dtype=self._autocast, enabled=self._autocast is not None):
             return self.state.parallel(images_bCHW)
-
-    def _loss(
-        self,
-        features_bD: Tensor,
-        batch: Batch,
-        whole: GlobalBatch,
-        offsets_W: Sequence[tuple[int, int]],
-        fetched: _Fetched,
-    ) -> tuple[Tensor, Tensor]:
-        """Return this group's share of the mean loss over the valid samples of G, and its scores (b, K) for Z."""
-        start, stop = offsets_W[self.worker.rank]
-        first = self.plan.offsets(self.worker.rank)[0]
-        indices_b, positives_bD = batch.indices_B[start - first : stop - first], fetched.positives_GD[start:stop]
-        keep_b = whole.valid_G[start:stop]
-        if not keep_b.all():
-            kept = keep_b.to(features_bD.device, non_blocking=True)
-            indices_b, features_bD, positives_bD = indices_b[keep_b], features_bD[kept], positives_bD[kept]
-        config, bank = self.state.config.objective, self.state.bank
-        scores_bK = features_bD.new_empty((0, 0))
-        if config.name == "softmax":
-            counts_W = [int(whole.valid_G[low:high].sum()) for low, high in offsets_W]
-            loss = softmax_loss(
-                features_bD,
-                indices_b,
-                bank,
-                temperature=config.temperature,
-                positives_BD=positives_bD,
-                counts_W=counts_W,
-            )
-        elif config.name == "infonce":
-            assert fetched.indices_K is not None
-            excluded_bK = indices_b[:, None] == fetched.indices_K[None, :]
-            loss = infonce_loss(
-                features_bD, positives_bD, fetched.negatives_KD, temperature=config.temperature, excluded_BK=excluded_bK
-            )
-        else:
-            loss, scores_bK = nce_loss_and_scores(
-                features_bD,
-                positives_bD,
-                fetched.negatives_KD,
-                temperature=config.temperature,
-                log_z=self.state.normalizer.log_z,
-                num_rows=bank.num_rows,
-                proximal_weight=config.proximal_weight,
-            )
-        return loss * (len(indices_b) / max(1, whole.num_valid)), scores_bK
-
-    @torch.no_grad()
-    def _start_normalizer(self, batch: Batch, whole: GlobalBatch, negatives_KD: Tensor) -> None:
-        """Estimate Z before the first loss, over the samples of all ranks and the step's negatives."""
-        first = self.plan.offsets(self.worker.rank)[0]
-        scores: list[Tensor] = []
-        for start, stop in self.plan.groups(self.worker.rank):
-            self._seed_dropout(start // self.plan.norm_group)
-            features_bD = self._forward(batch.images_BCHW[start - first : stop - first])
-            features_bD = features_bD[whole.valid_G[start:stop].to(features_bD.device)]
-            scores.append(features_bD @ negatives_KD.T / self.state.config.objective.temperature)
-        self.state.batch_norm.discard()
-        self.state.normalizer.observe(scores, whole.num_valid * self._negatives)
 
     def _seed_dropout(self, group: int) -> None:
         """Let dropout depend on (seed, step, group) alone."""
