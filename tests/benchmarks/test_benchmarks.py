@@ -176,7 +176,7 @@ def test_the_plain_loop_trains_what_the_papers_formulas_say(objective):
         loop = PlainLoop(config, 60, PlainSettings(negatives=negatives), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         images_BCHW, indices_B = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) * 7
-        bank_ND, tau, num_negatives = loop.bank_ND.double(), config.objective.temperature, 16
+        bank_ND, tau, num_negatives = loop.bank.rows_ND.double(), config.objective.temperature, 16
         features_BD = loop.encoder(images_BCHW).detach().double()
         torch.manual_seed(5)
         loop.step(Batch(images_BCHW, indices_B, torch.ones(8, dtype=torch.bool)))
@@ -200,7 +200,7 @@ def test_the_plain_loop_trains_what_the_papers_formulas_say(objective):
             loss = -(h_B.log() + (1 - h_BK).log().sum(dim=1)).mean()
         assert loop.mean_loss() == pytest.approx(loss.item(), rel=1e-4)
         mixed_BD = torch.nn.functional.normalize(0.5 * bank_ND[indices_B] + 0.5 * features_BD, dim=1)
-        torch.testing.assert_close(loop.bank_ND[indices_B].double(), mixed_BD, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loop.bank.rows_ND[indices_B].double(), mixed_BD, rtol=0, atol=1e-5)
 
 
 def test_a_tiny_bench_step_prints_one_document_with_both_sides_measured():

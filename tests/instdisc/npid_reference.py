@@ -56,3 +56,54 @@ def updated_bank(bank_ND, last_step_N, indices_G, features_GD, valid_G, momentum
             bank_ND[index] = unit(momentum * before_ND[index] + (1 - momentum) * feature_D)
             last_step_N[index] = step
     return bank_ND, last_step_N
+
+
+def noise_of_each(features_GD, negatives_GK, bank_ND, temperature, z):
+    """The noise term of equation 7 with negatives of each sample's own, -sum_k log(1 - h_k); its gradient with respect
+    to v; and log sum_k exp(s_k)."""
+    noise = negatives_GK.shape[1] / len(bank_ND)
+    rows_GKD = bank_ND[negatives_GK]
+    scores_GK = np.einsum("gd,gkd->gk", features_GD, rows_GKD) / temperature
+    p_GK = np.exp(scores_GK) / z
+    h_GK = p_GK / (p_GK + noise)
+    gradient_GD = np.einsum("gk,gkd->gd", h_GK, rows_GKD) / temperature
+    return -np.log(1 - h_GK).sum(1), gradient_GD, np.log(np.exp(scores_GK).sum(1))
+
+
+def log_sum_exp_of_each(features_GD, negatives_GK, counts_GK, bank_ND, temperature):
+    """log sum_k exp(s_k) over the negatives that count, and its gradient: 0 and -inf where none does."""
+    rows_GKD = bank_ND[negatives_GK]
+    exp_GK = np.exp(np.einsum("gd,gkd->gk", features_GD, rows_GKD) / temperature) * counts_GK
+    sums_G = exp_GK.sum(1)
+    weighted_GD = np.einsum("gk,gkd->gd", exp_GK, rows_GKD)
+    with np.errstate(divide="ignore"):
+        return np.log(sums_G), weighted_GD / np.where(sums_G > 0, sums_G, 1)[:, None] / temperature
+
+
+def decoupled_losses(positive_G, negative_GK):
+    """Equation 6 of arXiv 2110.06848, from s_i/τ and s_k/τ: the positive is not in the denominator."""
+    return -positive_G + np.log(np.exp(negative_GK).sum(1))
+
+
+def debiased_losses(positive_G, negative_GK, prior, temperature):
+    """Equations 7 and 8 of arXiv 2007.00224 with M = 1, from s_i/τ and s_k/τ: the one other image of the positive's
+    class is the positive itself."""
+    num_negatives = negative_GK.shape[1]
+    g_G = (np.exp(negative_GK).mean(1) - prior * np.exp(positive_G)) / (1 - prior)
+    g_G = np.maximum(g_G, np.exp(-1 / temperature))
+    return -np.log(np.exp(positive_G) / (np.exp(positive_G) + num_negatives * g_G))
+
+
+def nearest_rows(features_GD, indices_G, bank_ND, num_hard):
+    """The rows of greatest cosine with each feature, its own row left out, nearest first: a list for each sample."""
+    cosines_GN = features_GD @ bank_ND.T
+    cosines_GN[np.arange(len(indices_G)), indices_G] = -np.inf
+    order_GN = np.argsort(-cosines_GN, axis=1, kind="stable")
+    return [row_N[: min(num_hard, len(bank_ND) - 1)] for row_N in order_GN]
+
+
+def effective_rank(rows_ND):
+    """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007)."""
+    singular = np.linalg.svd(rows_ND, compute_uv=False)
+    shares = singular[singular > 0] / singular.sum()
+    return np.exp(-(shares * np.log(shares)).sum())

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.worker import Worker, run_local
-from instdisc.memory_bank import ShardedMemoryBank, start_rows
+from instdisc.bank_storage import start_rows
+from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.negatives import negative_indices
 from instdisc.objectives import infonce_loss, nce_loss, softmax_loss
 

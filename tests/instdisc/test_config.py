@@ -79,7 +79,7 @@ def test_an_override_that_does_not_fit_is_refused_with_advice(name, text, messag
     ("overrides", "message"),
     [
         ({"objective.name": "triplet"}, "objective.name: found 'triplet', expected one of softmax, nce, infonce"),
-        ({"objective.name": "softmax", "objective.temperature": 0.01}, "at least 0.025 for softmax"),
+        ({"objective.name": "softmax", "objective.temperature": 0.01}, "at least 0.025 where ranks add up"),
         ({"optim.global_batch": 1}, "at least 2"),
         ({"bank.momentum": 1.0}, "0 <= momentum < 1"),
         ({"eval.crop": 300}, "1 to eval.resize"),

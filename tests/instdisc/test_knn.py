@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cluster.worker import Worker, run_local
+from instdisc.evaluate import knn
 from instdisc.evaluate.knn import knn_classify, nearest, nearest_sharded, top1
 
 NUM_CLASSES, K = 4, 7
@@ -81,3 +82,17 @@ def test_a_small_temperature_is_the_vote_of_the_nearest(temperature):
         for n in scores_BN[b].topk(20).indices:
             votes_BC[b, labels_N[n]] += torch.exp((scores_BN[b, n] - scores_BN[b].max()) / temperature)
     assert (scores_BC.argmax(dim=1) == votes_BC.argmax(dim=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_neighbours_are_found_block_by_block(monkeypatch, dtype):
+    monkeypatch.setattr(knn, "_GALLERY_BLOCK", 97)
+    monkeypatch.setattr(knn, "_BLOCK_SCORES", 500)
+    generator = np.random.default_rng(3)
+    queries_BD = torch.from_numpy(generator.standard_normal((33, 16)))
+    gallery_ND = torch.from_numpy(generator.standard_normal((1000, 16))).to(dtype)
+    scores_Bk, indices_Bk = knn.nearest(queries_BD, gallery_ND, 120)
+    unit = torch.nn.functional.normalize
+    expected = torch.topk(unit(queries_BD, dim=1) @ unit(gallery_ND.double(), dim=1).T, 120, dim=1)
+    np.testing.assert_allclose(scores_Bk.numpy(), expected.values.numpy(), atol=1e-6)
+    assert (indices_Bk == expected.indices).double().mean() > 0.999  # two may be as near, up to rounding

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instdisc.memory_bank import START_BLOCK_ROWS, ShardedMemoryBank, shard_bounds, start_rows
+from cluster.collectives import PendingRows
+from instdisc.bank_storage import START_BLOCK_ROWS, start_rows
+from instdisc.memory_bank import ShardedMemoryBank, shard_bounds
 from instdisc.negatives import negative_indices
 
 
@@ -63,16 +65,31 @@ def test_half_precision_storage_follows_float32_within_its_rounding(dtype, toler
     assert torch.equal(banks[0].last_step, banks[1].last_step)
 
 
-def test_features_that_are_not_finite_leave_their_rows_as_they_were_and_are_remembered():
+def start(bank, indices, features_BD, step):
+    """An update as training makes it, which does not wait for the device to look at the features."""
+    validity = PendingRows(torch.ones(1, len(indices), dtype=torch.bool), [len(indices)], None)
+    return bank.start_update(torch.tensor(indices), [len(indices)], validity, features_BD, step).wait()
+
+
+def test_in_training_features_that_are_not_finite_leave_their_rows_as_they_were_and_are_remembered():
     bank = ShardedMemoryBank(4, 2)
     before_ND = bank.rows.clone()
     features_BD = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
-    bank.update(torch.tensor([0, 1, 2]), features_BD, 7)
+    bank.write(start(bank, [0, 1, 2], features_BD, 7))
     assert torch.equal(bank.rows[1:], before_ND[1:])
     assert not torch.equal(bank.rows[0], before_ND[0])
     assert bank.last_step.tolist() == [7, -1, -1, -1]
-    bank.update(torch.tensor([3]), features_BD[1:2], 8)
+    bank.write(start(bank, [3], features_BD[1:2], 8))
     assert int(bank.non_finite_step) == 7
+
+
+def test_in_training_a_batch_of_one_feature_writes_nothing_and_is_remembered():
+    bank = ShardedMemoryBank(6, 2)
+    before_ND = bank.rows.clone()
+    bank.write(start(bank, [0, 1, 2, 3, 4], torch.tensor([[0.6, 0.8]]).repeat(5, 1), 3))
+    assert torch.equal(bank.rows, before_ND)
+    assert bank.last_step.tolist() == [-1] * 6
+    assert int(bank.all_same_step) == 3
 
 
 def test_rows_fetched_before_an_update_are_those_from_before_it():
@@ -89,12 +106,15 @@ def test_rows_fetched_before_an_update_are_those_from_before_it():
         ([0, 6], torch.ones(2, 4), "indices from 0 to 6, expected 0 to 5"),
         ([-1], torch.ones(1, 4), "indices from -1"),
         ([0], torch.ones(1, 3), r"shape \(1, 3\).*expected \(1, 4\)"),
+        ([0, 1], torch.ones(1, 4), r"shape \(1, 4\) and 2 flags for 2 indices"),
+        ([0, 2], torch.tensor([[1.0, 0, 0, 0], [float("nan"), 0, 0, 0]]), "not finite for row 2"),
+        ([0, 1, 2, 3], torch.ones(4, 4) / 2, "one feature for all 4 images"),
     ],
 )
 def test_an_update_that_does_not_fit_is_refused_and_writes_nothing(indices, features, message):
     bank = ShardedMemoryBank(6, 4)
     before_ND = bank.rows.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"at step 3.*rank 0.*{message}"):
         bank.update(torch.tensor(indices), features, 3)
     assert torch.equal(bank.rows, before_ND)
     assert bank.last_step.tolist() == [-1] * 6
@@ -111,3 +131,29 @@ def test_an_update_that_does_not_fit_is_refused_and_writes_nothing(indices, feat
 def test_a_bank_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ShardedMemoryBank(**arguments)
+
+
+def test_negatives_of_a_billion_rows_are_uniform_and_more_than_can_be_drawn_from_are_refused():
+    """With 32 bits for a draw, some of a billion rows would be drawn a quarter more often than others."""
+    num_rows = 3 * 2**30
+    # 2^32 / N is 4/3: of three neighbouring rows one would get two of the 32-bit words, the others one each.
+    counts = torch.bincount(negative_indices(0, 0, 60_000, num_rows) % 3, minlength=3).double()
+    assert float(((counts - 20_000) ** 2 / 20_000).sum()) < 13.8  # chi-square, 2 degrees: once in a thousand
+    with pytest.raises(ValueError, match="expected 1 to 2"):
+        negative_indices(0, 0, 10, 2**33)
+
+
+def test_features_that_leave_no_direction_change_no_row():
+    bank = ShardedMemoryBank(6, 4)
+    before_ND = bank.rows.clone()
+    bank.update(torch.tensor([1]), torch.full((1, 4), 1e20), 0)
+    bank.update(torch.tensor([2]), -before_ND[2:3], 1)
+    assert torch.equal(bank.rows, before_ND)
+    assert bank.last_step.tolist() == [-1] * 6
+
+
+def test_an_update_that_is_refused_leaves_no_mark():
+    bank = ShardedMemoryBank(6, 4)
+    with pytest.raises(ValueError, match="not finite"):
+        bank.update(torch.tensor([1]), torch.full((1, 4), torch.nan), 3)
+    assert int(bank.non_finite_step) == -1

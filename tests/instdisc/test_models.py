@@ -52,16 +52,17 @@ def test_running_statistics_move_by_the_average_over_the_groups():
     grouped = GroupedBatchNorm(encoder)
     groups = [torch.randn(size, 3, 4, 4, generator=torch.Generator().manual_seed(size)) for size in (5, 5, 2)]
     expected_mean, expected_var = torch.zeros(3), torch.ones(3)
-    for step in range(3):
+    for _ in range(3):
         for images in groups:
             encoder(images)
             grouped.add_group()
         grouped.start_exchange()
-        grouped.finish_step(len(groups), step)
+        grouped.finish_step(len(groups))
         means = torch.stack([g.mean(dim=(0, 2, 3)) for g in groups]).mean(dim=0)
         variances = torch.stack([g.var(dim=(0, 2, 3), unbiased=True) for g in groups]).mean(dim=0)
         expected_mean = 0.9 * expected_mean + 0.1 * means
         expected_var = 0.9 * expected_var + 0.1 * variances
+    grouped.put_back(3)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     torch.testing.assert_close(norm.running_mean, expected_mean)
@@ -74,6 +75,8 @@ def test_a_pass_that_is_discarded_leaves_the_running_statistics():
     encoder = nn.Sequential(norm)
     grouped = GroupedBatchNorm(encoder)
     encoder(torch.randn(6, 2) + 3)
+    grouped.add_group()
     grouped.discard()
+    grouped.put_back(0)
     assert norm.running_mean is not None
     assert norm.running_mean.tolist() == [0, 0]

@@ -6,6 +6,8 @@ straddle the ends of the epochs.
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from tiny_data import write_cifar10
@@ -24,16 +26,21 @@ OBJECTIVES = ("softmax", "nce", "infonce")
 WORKERS = (2, 3, 4)
 # Sums over ranks are taken in another order, so the last bits differ, and where such a bit moves an activation across a
 # ReLU's corner a gradient jumps. Greatest difference over the greatest value of a tensor, as measured over W and all
-# objectives: after 4 steps mostly 2e-6 (weights, buffers), 4e-6 (momenta), 3e-7 (rows); a jump has been seen
-# (1e-4, 5e-3, 1e-5); after 20 steps up to 7e-3, 7e-2 and 6e-4.
-TOLERANCES = {4: (1e-3, 2e-2, 1e-4), 20: (2e-2, 2e-1, 2e-3)}
+# objectives: after 4 steps 2e-6 (weights, buffers), 5e-6 (momenta), 2e-7 (rows), but for one seed and W of nine where a
+# jump made it 1e-3, 2e-3 and 1e-7; after 20 steps up to 7e-3, 7e-2 and 6e-4. So few steps are made with three seeds,
+# and the middle one is held to the noise.
+TOLERANCES = {4: (1e-5, 2e-5, 1e-6), 20: (2e-2, 2e-1, 2e-3)}
+SEEDS = {4: (0, 1, 2), 20: (0,)}
 STEPS = 20
 
 
-def config_for(objective: str, root: str, steps: int = STEPS, norm_group: int = NORM_GROUP) -> TrainConfig:
+def config_for(
+    objective: str, root: str, steps: int = STEPS, norm_group: int = NORM_GROUP, seed: int = 0
+) -> TrainConfig:
     return recipe(
         "cifar10-cpu",
         **{
+            "seed": seed,
             "data.root": root,
             "data.max_rows": None,
             "model.architecture": "resnet-small",
@@ -69,12 +76,12 @@ def train_all(worker: Worker, configs: list[str], uris: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The checkpoint after the last step, by number of processes, objective and number of steps."""
+    """The checkpoint after the last step, by number of processes, objective, number of steps, group and seed."""
     folder = tmp_path_factory.mktemp("across")
     root = str(write_cifar10(folder / "data", NUM_ROWS, 20))
-    cases = [(objective, steps, NORM_GROUP) for objective in OBJECTIVES for steps in TOLERANCES]
-    cases.append(("softmax", 4, FEW_GROUPS))
-    configs = [config_for(objective, root, steps, group).to_json() for objective, steps, group in cases]
+    cases = [(name, steps, NORM_GROUP, seed) for name in OBJECTIVES for steps in TOLERANCES for seed in SEEDS[steps]]
+    cases += [("softmax", 4, FEW_GROUPS, seed) for seed in SEEDS[4]]
+    configs = [config_for(name, root, steps, group, seed).to_json() for name, steps, group, seed in cases]
     found = {}
     for workers in (0, *WORKERS):
         uris = [str(folder / f"{workers}-{number}") for number in range(len(cases))]
@@ -88,33 +95,48 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_weights_buffers_and_rows_agree_with_those_of_one_process(runs, workers, objective, steps):
-    assert_agree(runs[0, objective, steps, NORM_GROUP], runs[workers, objective, steps, NORM_GROUP], steps)
+    assert_agree(runs, workers, objective, steps, NORM_GROUP)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_processes_without_a_group_change_nothing(runs, workers):
-    assert_agree(runs[0, "softmax", 4, FEW_GROUPS], runs[workers, "softmax", 4, FEW_GROUPS], 4)
+    assert_agree(runs, workers, "softmax", 4, FEW_GROUPS)
 
 
-def assert_agree(one, many, steps):
+def assert_agree(runs, workers, objective, steps, norm_group):
+    differences = [
+        difference(
+            runs[0, objective, steps, norm_group, seed], runs[workers, objective, steps, norm_group, seed], steps
+        )
+        for seed in SEEDS[steps]
+    ]
+    for name, found, allowed in zip(
+        ("model", "momenta", "rows"),
+        map(statistics.median, zip(*differences, strict=True)),
+        TOLERANCES[steps],
+        strict=True,
+    ):
+        assert found <= allowed, f"{name}: {found:.2g}, by seed {differences}"
+
+
+def difference(one, many, steps):
+    """The greatest differences of two runs: of weights and buffers, of momenta, of rows."""
     assert one.step == many.step == steps
     expected, found = one.tensors(), many.tensors()
     assert expected.keys() == found.keys()
     assert any("running_var" in name for name in expected)
-    of_model, of_momentum, of_rows = TOLERANCES[steps]
-    for name, tensor in expected.items():
-        allowed = of_momentum if name.startswith("optimizer.") else of_model
-        difference = (found[name] - tensor).abs().max() / tensor.abs().max()
-        assert difference <= allowed, f"{name}: {difference:.2g}"
-    assert (many.rows("bank") - one.rows("bank")).abs().max() <= of_rows
     assert torch.equal(many.rows("bank_last_step"), one.rows("bank_last_step"))
+    relative = {name: float((found[name] - t).abs().max() / t.abs().max()) for name, t in expected.items()}
+    of_momenta = max(value for name, value in relative.items() if name.startswith("optimizer."))
+    of_model = max(value for name, value in relative.items() if not name.startswith("optimizer."))
+    return of_model, of_momenta, float((many.rows("bank") - one.rows("bank")).abs().max())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_weights_have_moved_far_beyond_the_tolerance(runs, objective):
     start = recipe_start(objective)
     moved = [
-        (runs[0, objective, STEPS, NORM_GROUP].tensors()[name] - value).abs().max() for name, value in start.items()
+        (runs[0, objective, STEPS, NORM_GROUP, 0].tensors()[name] - value).abs().max() for name, value in start.items()
     ]
     assert max(moved) > 0.02
 
@@ -129,11 +151,11 @@ def recipe_start(objective):
 @pytest.mark.parametrize("workers", [0, *WORKERS])
 def test_every_row_was_last_written_in_the_step_that_the_stream_says(runs, workers):
     expected = last_steps(NUM_ROWS, 0, GLOBAL_BATCH, STEPS)
-    assert runs[workers, "softmax", STEPS, NORM_GROUP].rows("bank_last_step").tolist() == expected.tolist()
+    assert runs[workers, "softmax", STEPS, NORM_GROUP, 0].rows("bank_last_step").tolist() == expected.tolist()
 
 
 def test_the_normaliser_is_the_same_on_any_number_of_processes(runs):
-    states = [runs[workers, "nce", STEPS, NORM_GROUP].state["normalizer"] for workers in (0, *WORKERS)]
+    states = [runs[workers, "nce", STEPS, NORM_GROUP, 0].state["normalizer"] for workers in (0, *WORKERS)]
     for state in states[1:]:
         assert state["log_z_running"] == pytest.approx(states[0]["log_z_running"], abs=1e-4)
         assert state["log_z_constant"] == pytest.approx(states[0]["log_z_constant"], abs=1e-5)
