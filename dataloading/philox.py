@@ -109,16 +109,3 @@ def words(seed: int, stream: int, *, purpose: int, num: int) -> NDArray[np.uint6
     block_words = philox4x32(counters, _key(seed)).astype(np.uint64)
     pairs = (block_words[:, ::2] << _SHIFT) | block_words[:, 1::2]
     return pairs.reshape(-1)[:num]
-
-
-def integers(seed: int, stream: int, *, purpose: int, num: int, bound: int) -> NDArray[np.int64]:
-    """Return `num` whole numbers, int64 (num,), uniform over 0..bound-1 with replacement.
-
-    A 64-bit word is multiplied by the bound and its top taken (Lemire 2019), so that no number is favoured by
-    more than one part in 2^32. bound <= 2^32.
-    """
-    if not 1 <= bound <= 2**32:
-        raise ValueError(f"bound: found {bound}, expected 1 to 2^32")
-    random_words = words(seed, stream, purpose=purpose, num=num)
-    low = ((random_words & _LOW) * np.uint64(bound)) >> _SHIFT
-    return (((random_words >> _SHIFT) * np.uint64(bound) + low) >> _SHIFT).astype(np.int64)
