@@ -92,7 +92,6 @@ class RowsAhead:
         for update in self._written:
             if update.step >= fetch.since:
                 update.bring_up_to_date(rows_MD, indices_M.numpy(), self._bank.rows.dtype)
-        self._forget_old_updates()
         at = self._global_batch
         return FetchedRows(rows_MD[:at], rows_MD[at:], indices_M[:at], indices_M[at:])
 
@@ -109,8 +108,7 @@ class RowsAhead:
         self._pending = None
         self._bank.write(update)
         self._next_unwritten = update.step + 1
-        self._written.append(update)
-        self._forget_old_updates()
+        self._written = [u for u in [*self._written, update] if self._is_lacked(u)]
 
     def _start_fetch(self, step: int) -> None:
         assert self._next_unwritten is not None, "start comes first"
@@ -125,5 +123,6 @@ class RowsAhead:
             self._wanted[step] = torch.cat([torch.from_numpy(self._rows_of_step(step)), drawn_K])
         return self._wanted[step]
 
-    def _forget_old_updates(self) -> None:
-        self._written = [u for u in self._written if any(u.step >= fetch.since for fetch in self._fetches.values())]
+    def _is_lacked(self, update: Update) -> bool:
+        """Whether rows that are on their way were copied before an update."""
+        return any(update.step >= fetch.since for fetch in self._fetches.values())

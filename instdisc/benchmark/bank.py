@@ -18,7 +18,15 @@ import torch
 
 from cluster.worker import Worker, run_local
 from instdisc.bank_storage import start_rows
-from instdisc.benchmark.bank_steps import PHASES, Batches, OurBankSteps, PlainBankSteps, SoftmaxAlone, TwoProducts
+from instdisc.benchmark.bank_steps import (
+    PHASES,
+    Batches,
+    OurBankSteps,
+    PlainBankSteps,
+    SoftmaxAlone,
+    Trials,
+    TwoProducts,
+)
 from instdisc.benchmark.bank_workers import measure_workers
 from instdisc.benchmark.environment import environment
 from instdisc.benchmark.pairing import BenchmarkError, Contestant, Say, alternate, paired_result, sweep, timed_trial
@@ -129,15 +137,16 @@ class _Bench:
         self.our_bank = ShardedMemoryBank(benchmark.num_rows, benchmark.dim, dtype=DTYPES[benchmark.dtype])
         self.plain_rows_ND = start_rows(benchmark.num_rows, benchmark.dim, 0, 0, benchmark.num_rows)
 
-    def ours(self) -> OurBankSteps:
-        return OurBankSteps(self.our_bank, self.benchmark.objective, self.batches, self.benchmark.steps)
+    def ours(self) -> Trials:
+        side = OurBankSteps(self.our_bank, self.benchmark.objective, self.batches)
+        return Trials(side, self.benchmark.steps)
 
-    def plain(self, setting: str) -> PlainBankSteps:
+    def plain(self, setting: str) -> Trials:
         objective = replace(self.benchmark.objective, per_sample=False)
         bank = PlainBank(
             self.plain_rows_ND, objective, momentum=0.5, negatives="per-sample", kept_memory=setting == KEPT
         )
-        return PlainBankSteps(bank, objective, self.batches, 1)
+        return Trials(PlainBankSteps(bank, objective, self.batches), 1)
 
     def against_plain_bank(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Compare whole steps with the alternative as it was released and at its best, and the phases at its best."""
@@ -197,9 +206,7 @@ class _Bench:
     def _two_products(self, block_rows: int) -> TwoProducts:
         return TwoProducts(self.our_bank.rows.float(), self.batches.features_BD, block_rows)
 
-    def _compare(
-        self, setting: str, ours: OurBankSteps, plain: PlainBankSteps, *, with_phases: bool
-    ) -> list[dict[str, Any]]:
+    def _compare(self, setting: str, ours: Trials, plain: Trials, *, with_phases: bool) -> list[dict[str, Any]]:
         steps = self.benchmark.steps
         self.say(f"{self.benchmark.trials} trials of {steps} steps of ours and one of the alternative ({setting})")
         per_step: list[tuple[dict[str, float], dict[str, float]]] = []
@@ -236,11 +243,11 @@ def _peak_of_side(worker: Worker, benchmark: BankBenchmark, setting: str | None)
         batches = Batches(benchmark.num_rows, benchmark.dim, benchmark.batch)
         if setting is None:
             bank = ShardedMemoryBank(benchmark.num_rows, benchmark.dim, dtype=DTYPES[benchmark.dtype])
-            return OurBankSteps(bank, benchmark.objective, batches, 1).run
+            return OurBankSteps(bank, benchmark.objective, batches).one_step
         objective = replace(benchmark.objective, per_sample=False)
         rows_ND = start_rows(benchmark.num_rows, benchmark.dim, 0, 0, benchmark.num_rows)
         plain = PlainBank(rows_ND, objective, momentum=0.5, negatives="per-sample")
-        return PlainBankSteps(plain, objective, batches, 1).run
+        return PlainBankSteps(plain, objective, batches).one_step
 
     return peak_bytes(set_up, worker.device)
 
@@ -255,12 +262,12 @@ def _table(benchmark: BankBenchmark, say: Say) -> list[dict[str, Any]]:
             f"table: found banks of {wanted / 1e9:.1f} GB in all, expected less than 90 % of the {free / 1e9:.1f} GB "
             "of memory that are free; give --table fewer or smaller ones"
         )
-    steps: dict[int, OurBankSteps] = {}
+    steps: dict[int, Trials] = {}
     for num_rows in sorted(benchmark.table):
         say(f"a bank of {num_rows:,} rows in float16")
         bank = ShardedMemoryBank(num_rows, benchmark.dim, dtype=torch.float16)
         batches = Batches(num_rows, benchmark.dim, benchmark.batch)
-        steps[num_rows] = OurBankSteps(bank, benchmark.objective, batches, benchmark.steps)
+        steps[num_rows] = Trials(OurBankSteps(bank, benchmark.objective, batches), benchmark.steps)
     taken: dict[int, list[dict[str, float]]] = {num_rows: [] for num_rows in steps}
     for trial in range(benchmark.trials + 1):
         for num_rows, side in steps.items():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -62,12 +62,42 @@ class Batches:
         return self.rows_TB[step % NUM_BATCHES]
 
 
-class OurBankSteps:
-    """Contestant: `num_steps` steps of our bank; on several ranks each brings its part of the batch."""
+class BankSteps(Protocol):
+    """One side: makes steps and takes down their phases."""
 
-    def __init__(self, bank: ShardedMemoryBank, config: ObjectiveConfig, batches: Batches, num_steps: int) -> None:
+    phases: Phases
+
+    def one_step(self) -> None:
+        """Make a step."""
+        ...
+
+
+class Trials:
+    """Contestant: trials of so many steps of a side."""
+
+    def __init__(self, side: BankSteps, num_steps: int) -> None:
+        self.phases, self._side, self._num_steps = side.phases, side, num_steps
+
+    def prepare(self) -> None:
+        """Make one step, which is not timed."""
+        self._side.one_step()
+        self.phases.seconds.clear()
+
+    def run(self) -> None:
+        """Make the steps."""
+        for _ in range(self._num_steps):
+            self._side.one_step()
+
+    def rest(self) -> None:
+        """Nothing that works runs on."""
+
+
+class OurBankSteps:
+    """Steps of our bank; on several ranks each brings its part of the batch."""
+
+    def __init__(self, bank: ShardedMemoryBank, config: ObjectiveConfig, batches: Batches) -> None:
         self.phases = Phases()
-        self._bank, self._config, self._batches, self._num_steps = bank, config, batches, num_steps
+        self._bank, self._config, self._batches = bank, config, batches
         batch = len(batches.features_BD)
         self._plan, self._rank = BatchPlan(batch, 1, bank.world_size), rank(bank.group)
         self._own = slice(*self._plan.offsets(self._rank))
@@ -91,20 +121,8 @@ class OurBankSteps:
         self._valid_B = torch.ones(self._plan.counts_W[self._rank], dtype=torch.bool)
         self._step = 0
 
-    def prepare(self) -> None:
-        """Make one step, which is not timed."""
-        self._one_step()
-        self.phases.seconds.clear()
-
-    def run(self) -> None:
-        """Make the steps."""
-        for _ in range(self._num_steps):
-            self._one_step()
-
-    def rest(self) -> None:
-        """With several ranks, the rows of the next step are on their way; nothing else runs in the background."""
-
-    def _one_step(self) -> None:
+    def one_step(self) -> None:
+        """Make a step. With several ranks, the rows of the next one are on their way afterwards. Collective."""
         batch, step, counts_W = len(self._batches.features_BD), self._step, self._plan.counts_W
         with self.phases.of("fetch"):
             validity = start_all_gather_rows(self._valid_B, counts_W, self._bank.group)
@@ -129,31 +147,17 @@ class OurBankSteps:
 
 
 class PlainBankSteps:
-    """Contestant: the same steps of the alternative; several ranks have it as a whole and gather what is written."""
+    """The same steps of the alternative; several ranks have it as a whole and gather what is written."""
 
-    def __init__(
-        self, bank: PlainBank, config: ObjectiveConfig, batches: Batches, num_steps: int, group: Any = None
-    ) -> None:
+    def __init__(self, bank: PlainBank, config: ObjectiveConfig, batches: Batches, group: Any = None) -> None:
         self.phases = Phases()
-        self._bank, self._config, self._batches, self._num_steps = bank, config, batches, num_steps
+        self._bank, self._config, self._batches = bank, config, batches
         self._plan, self._group = BatchPlan(len(batches.features_BD), 1, world_size(group)), group
         self._own = slice(*self._plan.offsets(rank(group)))
         self._step = 0
 
-    def prepare(self) -> None:
-        """Make one step, which is not timed."""
-        self._one_step()
-        self.phases.seconds.clear()
-
-    def run(self) -> None:
-        """Make the steps."""
-        for _ in range(self._num_steps):
-            self._one_step()
-
-    def rest(self) -> None:
-        """Nothing runs in the background."""
-
-    def _one_step(self) -> None:
+    def one_step(self) -> None:
+        """Make a step. Collective."""
         indices_B = torch.from_numpy(self._batches.rows(self._step))[self._own]
         features_BD = self._batches.features_BD[self._own].clone().requires_grad_()
         if self._config.name == "softmax":

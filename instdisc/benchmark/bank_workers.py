@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cluster.worker import Worker, run_local
 from instdisc.bank_storage import start_rows
-from instdisc.benchmark.bank_steps import PHASES, Batches, OurBankSteps, PlainBankSteps
+from instdisc.benchmark.bank_steps import PHASES, Batches, OurBankSteps, PlainBankSteps, Trials
 from instdisc.benchmark.pairing import Say, paired_result
 from instdisc.benchmark.plain_bank import PlainBank
 from instdisc.memory_bank import DTYPES, ShardedMemoryBank
@@ -91,7 +91,7 @@ def _trials(
     group = dist.new_group()
     batches = Batches(benchmark.num_rows, benchmark.dim, benchmark.batch)
     bank = ShardedMemoryBank(benchmark.num_rows, benchmark.dim, dtype=DTYPES[benchmark.dtype], group=group)
-    ours = OurBankSteps(bank, benchmark.objective, batches, benchmark.steps)
+    ours = Trials(OurBankSteps(bank, benchmark.objective, batches), benchmark.steps)
     plain = PlainBank(
         start_rows(benchmark.num_rows, benchmark.dim, 0, 0, benchmark.num_rows),
         replace(benchmark.objective, per_sample=False),
@@ -99,7 +99,7 @@ def _trials(
         negatives="per-sample",
         kept_memory=True,
     )
-    theirs = PlainBankSteps(plain, benchmark.objective, batches, 1, group)
+    theirs = Trials(PlainBankSteps(plain, benchmark.objective, batches, group), 1)
     our_phases, their_phases, sent = [], [], []
     for trial in range(benchmark.trials + 1):
         ours.prepare()

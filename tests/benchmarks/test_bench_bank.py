@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from instdisc.bank_storage import start_rows
-from instdisc.benchmark.bank_steps import Batches, OurBankSteps, PlainBankSteps
+from instdisc.benchmark.bank_steps import Batches, OurBankSteps, PlainBankSteps, Trials
 from instdisc.benchmark.plain_bank import PlainBank
 from instdisc.cli.main import main
 from instdisc.config_sections import ObjectiveConfig
@@ -65,8 +65,7 @@ def test_both_sides_compute_the_same_where_nothing_is_drawn(name):
     batches = Batches(500, 16, 8)
     bank = ShardedMemoryBank(500, 16)
     plain = PlainBank(start_rows(500, 16, 0, 0, 500), config, momentum=0.5, negatives="per-sample", kept_memory=True)
-    ours, theirs = OurBankSteps(bank, config, batches, 3), PlainBankSteps(plain, config, batches, 3)
-    for side in (ours, theirs):
+    for side in (Trials(OurBankSteps(bank, config, batches), 3), Trials(PlainBankSteps(plain, config, batches), 3)):
         side.prepare()
         side.run()
         assert all(seconds > 0 for seconds in side.phases.seconds.values())
