@@ -37,14 +37,13 @@ def nce_loss(
     features_BD and positives_BD (the samples' own bank rows): unit length. log_z: log of the normaliser over all N.
     proximal_weight: λ. With B = 0 the loss is 0. Bank rows get no gradient.
     """
-    noise_B, _ = noise_terms(
-        features_BD, negatives_KD, temperature=temperature, offset=nce_offset(log_z, len(negatives_KD), num_rows)
-    )
+    offset = nce_offset(log_z, len(negatives_KD), num_rows)
+    noise_B, _ = noise_terms(features_BD, negatives_KD, temperature=temperature, offset=offset)
     loss_B = data_terms(
         features_BD,
         positives_BD,
         temperature=temperature,
-        offset=nce_offset(log_z, len(negatives_KD), num_rows),
+        offset=offset,
         proximal_weight=proximal_weight,
     )
     return (loss_B + noise_B).sum() / max(1, len(features_BD))
