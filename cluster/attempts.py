@@ -1,7 +1,9 @@
 """Attempts to run: each has a number that no other has, and a record of the checkpoint that it starts from.
 
-The number is won by a conditional create, so that of two drivers that start at once one gets the lower number. The
-newest attempt alone decides which checkpoints are valid: an older one that still runs (a zombie) harms nothing.
+The number is won by a conditional create, so that of two drivers that start at once one gets the lower number. Winning
+it fences: whoever has a lower one commits nothing any more. Only then does the new attempt look for the checkpoint to
+start from, so that none is lost that an older attempt committed, and records it. The newest attempt with such a record
+decides which checkpoints are valid: an older one that still runs (a zombie) harms nothing.
 """
 
 from __future__ import annotations
@@ -10,18 +12,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 from uuid import uuid4
 
 from cluster.manifest import ManifestError, ManifestId, decode_document, encode_document, visible_chain
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
-_KEY = re.compile(r"attempts/(\d{6,})\.json")
+_NUMBER = re.compile(r"attempts/(\d{6,})\.json")
+_START = re.compile(r"attempts/(\d{6,})\.start\.json")
+
+
+class SupersededError(CheckpointError):
+    """A newer attempt goes on with the run; nothing that this process saves would be valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """The record of an attempt.
+    """The record of the start of an attempt.
 
     parent: the manifest that it starts from. damaged: manifests that restores found damaged and that retention
     therefore leaves for inspection. token: makes the record different from that of a rival for the same number.
@@ -33,22 +41,26 @@ class Attempt:
     token: str
     created: str
 
-    @property
-    def key(self) -> str:
-        return f"attempts/{self.number:06d}.json"
-
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the store says about a run: the attempts on the newest one's chain by number, and all manifests."""
+    """What the store says about a run: the attempts on the newest one's chain by number, and all manifests.
+
+    newest: the highest number that was won, 0 if none was; that attempt may not have started yet.
+    """
 
     attempts: dict[int, Attempt]
     manifests: list[ManifestId]
+    newest: int
+
+    @property
+    def parents(self) -> dict[int, ManifestId | None]:
+        return {number: attempt.parent for number, attempt in self.attempts.items()}
 
     @property
     def chain(self) -> list[ManifestId]:
         """The valid manifests, oldest first."""
-        return visible_chain({n: attempt.parent for n, attempt in self.attempts.items()}, self.manifests)
+        return visible_chain(self.parents, self.manifests)
 
     @property
     def damaged(self) -> tuple[ManifestId, ...]:
@@ -57,7 +69,7 @@ class History:
 
 def attempt_numbers(store: Store) -> list[int]:
     """Return the numbers of all attempts, ascending."""
-    return sorted(int(match[1]) for key in store.list("attempts/") if (match := _KEY.fullmatch(key)))
+    return sorted(int(match[1]) for key in store.list("attempts/") if (match := _NUMBER.fullmatch(key)))
 
 
 def manifest_ids(store: Store) -> list[ManifestId]:
@@ -69,26 +81,29 @@ def read_history(store: Store) -> History:
     """Read which checkpoints a run has. CheckpointError where the records of its attempts are damaged or missing."""
     # Manifests first: an attempt that begins between the two listings then has none of its own in them.
     manifests = manifest_ids(store)
-    numbers = attempt_numbers(store)
+    keys = store.list("attempts/")
+    numbers = sorted(int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key)))
+    started = {int(match[1]) for key in keys if (match := _START.fullmatch(key))}
     if manifests and (not numbers or manifests[-1].attempt > numbers[-1]):
         raise CheckpointError(
             f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt: the run was "
             "changed by hand; put attempts/ back, or start a new run under another URI"
         )
     attempts: dict[int, Attempt] = {}
-    number = numbers[-1] if numbers else None
+    number = _newest_started(store, numbers, started)
     while number is not None:
         attempts[number] = read_attempt(store, number)
         parent = attempts[number].parent
         number = parent.attempt if parent else None
-    return History(attempts=attempts, manifests=manifests)
+    return History(attempts=attempts, manifests=manifests, newest=numbers[-1] if numbers else 0)
 
 
 def read_attempt(store: Store, number: int) -> Attempt:
-    """Return the record of an attempt. CheckpointError if it is damaged or missing."""
-    key = f"attempts/{number:06d}.json"
+    """Return the record of an attempt's start. CheckpointError if it is damaged or missing."""
+    key = _start_key(number)
     try:
-        document = decode_document(store.get(key), f"{key} in {store.uri}")
+        # Format 1 had one record for both.
+        document = _read(store, key if store.exists(key) else _number_key(number))
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
@@ -102,21 +117,78 @@ def read_attempt(store: Store, number: int) -> Attempt:
     return attempt
 
 
-def begin_attempt(store: Store, parent: ManifestId | None, damaged: Sequence[ManifestId] = ()) -> Attempt:
-    """Win a number for a new attempt that starts from `parent` and return its record.
-
-    CheckpointError if the parent was deleted meanwhile, which only another attempt that still runs can do.
-    """
+def win_number(store: Store) -> int:
+    """Win a number for a new attempt and return it. From here on no attempt with a lower one commits anything."""
     number = max(attempt_numbers(store), default=0)
     while True:
         number += 1
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        attempt = Attempt(number=number, parent=parent, damaged=tuple(damaged), token=uuid4().hex, created=created)
-        if store.claim(attempt.key, encode_document(asdict(attempt))):
-            break
+        record = {"number": number, "token": uuid4().hex, "created": _now()}
+        if store.claim(_number_key(number), encode_document(record)):
+            return number
+
+
+def record_start(store: Store, number: int, parent: ManifestId | None, damaged: Sequence[ManifestId] = ()) -> Attempt:
+    """Record what an attempt starts from: from here on it decides which checkpoints are valid. May be repeated.
+
+    SupersededError if a newer attempt has won a number meanwhile, CheckpointError if the parent was deleted, which only
+    another attempt that still runs can do.
+    """
+    require_newest(store, number)
     if parent and not store.exists(parent.key):
         raise CheckpointError(
             f"{parent.key} in {store.uri} was deleted while this attempt began: another process still writes "
             "to this run; stop one of the two and start again"
         )
+    attempt = Attempt(number=number, parent=parent, damaged=tuple(damaged), token=uuid4().hex, created=_now())
+    if not store.claim(_start_key(number), encode_document(asdict(attempt))):
+        earlier = read_attempt(store, number)
+        if (earlier.parent, earlier.damaged) != (attempt.parent, attempt.damaged):
+            raise CheckpointError(
+                f"{_start_key(number)} in {store.uri} names another checkpoint to start from ({earlier.parent}) than "
+                f"{attempt.parent}; start again"
+            )
+        return earlier
     return attempt
+
+
+def require_newest(store: Store, number: int) -> None:
+    """Raise SupersededError if an attempt with a higher number was begun."""
+    newest = attempt_numbers(store)[-1]
+    if newest > number:
+        raise SupersededError(
+            f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must end"
+        )
+
+
+def _newest_started(store: Store, numbers: Sequence[int], started: set[int]) -> int | None:
+    for number in reversed(numbers):
+        if number in started or "parent" in _peek(store, number):
+            return number
+    return None
+
+
+def _peek(store: Store, number: int) -> dict[str, Any]:
+    """Return what the record of a number says; one that cannot be read may decide which checkpoints are valid."""
+    try:
+        return _read(store, _number_key(number))
+    except (ObjectMissingError, ManifestError) as error:
+        raise CheckpointError(
+            f"the record of attempt {number} cannot be used, and it decides which checkpoints are valid: {error}; put "
+            f"{_number_key(number)} in {store.uri} back from a copy, or start a new run under another URI"
+        ) from error
+
+
+def _read(store: Store, key: str) -> dict[str, Any]:
+    return decode_document(store.get(key), f"{key} in {store.uri}")
+
+
+def _number_key(number: int) -> str:
+    return f"attempts/{number:06d}.json"
+
+
+def _start_key(number: int) -> str:
+    return f"attempts/{number:06d}.start.json"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -5,19 +5,31 @@ No worker group is needed, and nothing is written: `read_latest` may run while a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.attempts import read_history
-from cluster.manifest import Manifest, ManifestError, ManifestId, Segment, StoredTable, describe
-from cluster.row_table import DTYPES, tensor_bytes
+from cluster.manifest import Increment, Manifest, ManifestError, ManifestId, Segment, StoredTable, describe
+from cluster.row_table import DTYPES, row_view
 from cluster.store import ObjectMissingError, Store
-from cluster.stored_object import CheckpointError, DamagedObjectError, StoredObject, in_threads, read_object
+from cluster.stored_object import (
+    CheckpointError,
+    DamagedObjectError,
+    StoredObject,
+    in_threads,
+    read_into,
+    read_object,
+)
 from cluster.tensor_file import deserialize
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _LISTINGS = 3
 
 
@@ -56,41 +68,142 @@ class Checkpoint:
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return rows [start, stop) of a table, on the host, in the table's dtype; to its end by default.
 
-        Only the segments that overlap the range are read, each as a whole, because its checksum covers the whole.
+        Only the objects that overlap the range are read, each as a whole, because its checksum covers the whole.
         ValueError for an unknown table or a range outside it.
         """
-        if name not in self.tables:
-            raise ValueError(f"table: found {name!r}, expected one of {', '.join(self.tables) or 'none'}")
-        table = self.tables[name]
+        table = self._table(name)
         stop = table.num_rows if stop is None else stop
         if not 0 <= start <= stop <= table.num_rows:
             raise ValueError(f"table {name!r}: found rows [{start}, {stop}), expected them in [0, {table.num_rows})")
         rows = torch.empty((stop - start, *table.row_shape), dtype=DTYPES[table.dtype])
-        target = tensor_bytes(rows)
+        self.read_rows(name, start, rows)
+        return rows
+
+    def read_rows(self, name: str, start: int, into: Tensor) -> None:
+        """Read the rows from `start` on into a tensor (R, ...) of the table's dtype, on any device.
+
+        In host memory nothing but the objects that lie across the ends takes memory beside it. After an error its
+        content is undefined. Raises ValueError where the tensor does not fit the table.
+        """
+        table = self._table(name)
+        found = tuple(into.shape[1:]), str(into.dtype).removeprefix("torch.")
+        if found != (table.row_shape, table.dtype) or not 0 <= start <= start + len(into) <= table.num_rows:
+            raise ValueError(
+                f"table {name!r}: found memory for rows [{start}, {start + len(into)}) of {found}, expected them in "
+                f"[0, {table.num_rows}) of {(table.row_shape, table.dtype)}"
+            )
+        target = _Target(into, start)
 
         def fill(segment: Segment) -> None:
-            first, last = max(start, segment.start), min(stop, segment.stop)
-            data = memoryview(self._read(segment))
-            from_byte, to_byte = ((row - segment.start) * table.row_bytes for row in (first, last))
-            target[(first - start) * table.row_bytes : (last - start) * table.row_bytes] = data[from_byte:to_byte]
+            view = target.view(segment.start, segment.stop)
+            if view is not None:
+                with self._explained():
+                    read_into(self._store, segment, view)
+                return
+            data = np.frombuffer(self._read(segment), np.uint8)
+            target.write(segment.start, data.reshape(segment.stop - segment.start, table.row_bytes))
 
-        in_threads(fill, table.overlapping(start, stop), self._num_threads)
-        return rows
+        in_threads(fill, table.overlapping(start, target.stop), self._num_threads)
+        increments = table.increments_of(start, target.stop)
+        for increment, data in _in_order(self._read, increments, self._num_threads):
+            target.replace(*_decoded(increment, data, table.row_bytes))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
         return deserialize(self._read(self.manifest.tensors))
 
+    def _table(self, name: str) -> StoredTable:
+        if name not in self.tables:
+            raise ValueError(f"table: found {name!r}, expected one of {', '.join(self.tables) or 'none'}")
+        return self.tables[name]
+
     def _read(self, stored: StoredObject) -> bytes:
-        try:
+        with self._explained():
             return read_object(self._store, stored)
-        except DamagedObjectError as error:
-            if not self._store.exists(self.manifest.id.key):
-                raise CheckpointDeletedError(
-                    f"the checkpoint of {describe([self.manifest.id])} in {self._store.uri} was deleted while it was "
-                    "read, because the run went on to newer ones; read again"
-                ) from error
-            raise DamagedObjectError(f"the checkpoint of {describe([self.manifest.id])} is damaged: {error}") from error
+
+    def _explained(self) -> _Explained:
+        return _Explained(self._store, self.manifest.id)
+
+
+class _Explained:
+    """Says whose object is damaged, or that its checkpoint is no longer there."""
+
+    def __init__(self, store: Store, id: ManifestId) -> None:
+        self._store, self._id = store, id
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, DamagedObjectError):
+            return
+        if not self._store.exists(self._id.key):
+            raise CheckpointDeletedError(
+                f"the checkpoint of {describe([self._id])} in {self._store.uri} was deleted while it was "
+                "read, because the run went on to newer ones; read again"
+            ) from error
+        raise DamagedObjectError(f"the checkpoint of {describe([self._id])} is damaged: {error}") from error
+
+
+class _Target:
+    """Rows [start, stop) of a table, on their way into a tensor."""
+
+    def __init__(self, into: Tensor, start: int) -> None:
+        self.start, self.stop = start, start + len(into)
+        self._into = into
+        in_place = into.device.type == "cpu" and into.is_contiguous() and len(into) > 0
+        self._bytes_RX = row_view(into) if in_place else None
+
+    def view(self, start: int, stop: int) -> memoryview | None:
+        """Return the memory of rows [start, stop) where all of them have a place in host memory."""
+        if self._bytes_RX is None or start < self.start or stop > self.stop:
+            return None
+        return self._bytes_RX[start - self.start : stop - self.start].reshape(-1).data
+
+    def write(self, start: int, rows_PX: np.ndarray) -> None:
+        """Write those of the rows from `start` on that have a place here."""
+        first, last = max(start, self.start), min(start + len(rows_PX), self.stop)
+        self.replace(np.arange(first, last), rows_PX[first - start : last - start])
+
+    def replace(self, numbers_P: np.ndarray, rows_PX: np.ndarray) -> None:
+        """Write the rows with these numbers, rising, those of them that have a place here."""
+        low, high = np.searchsorted(numbers_P, (self.start, self.stop))
+        places_P, rows_PX = numbers_P[low:high] - self.start, rows_PX[low:high]
+        if len(places_P) == 0:
+            return
+        if self._bytes_RX is not None:
+            self._bytes_RX[places_P] = rows_PX
+            return
+        values_P = torch.from_numpy(rows_PX.copy()).view(self._into.dtype).view(-1, *self._into.shape[1:])
+        self._into[torch.from_numpy(places_P).to(self._into.device)] = values_P.to(self._into.device)
+
+
+def _decoded(increment: Increment, data: bytes, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the row numbers, int64 (P,), and the rows, bytes (P, X), of an increment. DamagedObjectError if odd."""
+    at = increment.num_rows * row_bytes
+    rows_PX = np.frombuffer(data, np.uint8, count=at).reshape(increment.num_rows, row_bytes)
+    numbers_P = np.frombuffer(data, np.dtype(increment.index_dtype).newbyteorder("<"), offset=at).astype(np.int64)
+    rising = bool((np.diff(numbers_P) > 0).all())
+    if not rising or numbers_P[0] < increment.start or numbers_P[-1] >= increment.stop:
+        raise DamagedObjectError(
+            f"increment {increment.key} holds other rows than [{increment.start}, {increment.stop}) in rising order"
+        )
+    return numbers_P, rows_PX
+
+
+def _in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
+) -> Iterator[tuple[Item, Result]]:
+    """Yield (item, function(item)) in order, computed in threads, no more than `num_threads` ahead."""
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint") as pool:
+        waiting: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) >= num_threads:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
 
 
 def read_manifest(store: Store, id: ManifestId) -> Manifest:
@@ -135,7 +248,7 @@ def verify_share(
 
     def problem_of(stored: StoredObject) -> str | None:
         try:
-            read_object(store, stored)
+            read_into(store, stored, None)
         except DamagedObjectError as error:
             return str(error)
         return None

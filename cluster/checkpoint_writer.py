@@ -1,93 +1,221 @@
-"""One rank's part of a checkpoint: writing its objects, and joining what all ranks wrote into the manifest's tables."""
+"""One rank's part of a checkpoint: writing its objects, and joining what all ranks wrote into the manifest's tables.
+
+Shapes: R rows of this rank, P rows of one piece, X bytes of a row.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
-from cluster.manifest import ManifestError, Segment, StoredTable
+from cluster.manifest import Increment, Manifest, ManifestError, ManifestId, Segment, StoredTable
+from cluster.row_guard import FrozenRows
 from cluster.row_table import RowTable
-from cluster.store import Store, check_key
-from cluster.stored_object import StoredObject, in_threads, write_object
+from cluster.snapshot import Snapshot
+from cluster.store import Store
+from cluster.stored_object import StoredObject
 from cluster.tensor_file import serialize
+from cluster.uploads import Pace, Uploads
+
+PIECE_BYTES = 8 * 2**20
+"""Bytes that are copied while the owner of the rows cannot write."""
+INCREMENT_BYTES = 32 * 2**20
+"""Bytes of rows in one increment object, about."""
+MAX_INCREMENT_SHARE = 0.5
+"""Increments of more than this share of the whole tables make a restore slow: a new base is written."""
+MAX_INCREMENTS = 4096
+"""Increment objects of a table before a new base."""
 
 
 def write_part(
     store: Store,
     prefix: str,
-    tables: Mapping[str, RowTable],
-    tensors: Mapping[str, Tensor] | None,
+    snapshot: Snapshot,
     *,
+    since: ManifestId | None,
     block_rows: int | None,
     num_threads: int,
+    pace: Pace,
 ) -> dict[str, Any]:
-    """Write a rank's rows, and the tensors if it has them, under `prefix`; return what `join_parts` reads, as JSON.
+    """Write a rank's snapshot under `prefix`; return what `join_parts` reads, as JSON.
 
-    In host memory nothing is copied; what lies on a GPU is copied to host memory first.
+    since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
+    tables. Beside the rows it takes some 128 MiB of memory.
     """
-    started = time.perf_counter()
-    hosted = {_checked(name): table.on_host() for name, table in tables.items()}
-    hosted_tensors = {name: tensor.detach().cpu() for name, tensor in (tensors or {}).items()}
-    snapshot_s = time.perf_counter() - started
-
-    def write_rows(job: tuple[str, int, int]) -> dict[str, Any]:
-        name, start, stop = job
-        key = f"{prefix}/{name}/{start:012d}-{stop:012d}.bin"
-        stored = write_object(store, key, [hosted[name].bytes_of(start, stop)])
-        return {"start": start, "stop": stop, **asdict(stored)}
-
-    jobs = [(name, *rows) for name, table in hosted.items() for rows in table.segments(block_rows)]
-    written = in_threads(write_rows, jobs, num_threads)
-    objects: list[dict[str, Any]] = []
-    if tensors is not None:
-        objects.append(asdict(write_object(store, f"{prefix}/tensors.safetensors", serialize(hosted_tensors))))
-    return {
-        "tables": {
-            name: {
+    started_s = time.perf_counter()
+    tables: dict[str, dict[str, Any]] = {}
+    pending: list[tuple[list[dict[str, Any]], dict[str, Any], Future[StoredObject]]] = []
+    with Uploads(store, num_threads=num_threads, pace=pace) as uploads:
+        tensors = _submit_tensors(uploads, prefix, snapshot)
+        for name, table in snapshot.tables.items():
+            kind = "segments" if since is None or table.last_step is None else "increments"
+            objects: list[dict[str, Any]] = []
+            tables[name] = {
                 "num_rows": table.num_rows,
                 "row_shape": list(table.row_shape),
                 "dtype": table.dtype,
-                "segments": [segment for job, segment in zip(jobs, written, strict=True) if job[0] == name],
+                kind: objects,
             }
-            for name, table in hosted.items()
-        },
-        "tensors": objects[0] if objects else None,
-        "num_bytes": sum(stored["num_bytes"] for stored in [*written, *objects]),
-        "snapshot_s": snapshot_s,
-        "write_s": time.perf_counter() - started - snapshot_s,
+            frozen = snapshot.frozen[name]
+            if since is None or table.last_step is None:
+                written = _write_segments(uploads, f"{prefix}/{name}", table, frozen, block_rows)
+            else:
+                written = _write_increments(uploads, f"{prefix}/{name}", table, frozen, since.step)
+            pending += [(objects, about, future) for about, future in written]
+        for objects, about, future in pending:
+            objects.append({**about, **asdict(future.result())})
+        stored_tensors = None if tensors is None else asdict(tensors.result())
+    written_objects = [stored for table in tables.values() for kind in table.values() if isinstance(kind, list)
+                       for stored in kind if isinstance(stored, dict)]  # fmt: skip
+    return {
+        "tables": tables,
+        "tensors": stored_tensors,
+        "state": snapshot.state if stored_tensors else None,
+        "metrics": dict(snapshot.metrics),
+        "since": since,
+        "table_bytes": sum(stored["num_bytes"] for stored in written_objects),
+        "num_bytes": sum(s["num_bytes"] for s in [*written_objects, *([stored_tensors] if stored_tensors else [])]),
+        "snapshot_s": snapshot.seconds,
+        "write_s": time.perf_counter() - started_s,
     }
 
 
-def join_parts(parts: Sequence[Mapping[str, Any]]) -> tuple[dict[str, StoredTable], StoredObject]:
-    """Return the tables and the tensors that the ranks' parts make up.
+def _submit_tensors(uploads: Uploads, prefix: str, snapshot: Snapshot) -> Future[StoredObject] | None:
+    if snapshot.tensors is None:
+        return None
+    parts = serialize(snapshot.tensors)
+    num_bytes = sum(len(part) for part in parts)
+    uploads.reserve(num_bytes)
+    return uploads.submit(f"{prefix}/tensors.safetensors", parts, num_bytes)
 
-    ManifestError, naming the table, unless its parts have one shape and hold each row exactly once.
+
+def _write_segments(
+    uploads: Uploads, prefix: str, table: RowTable, frozen: FrozenRows, block_rows: int | None
+) -> list[tuple[dict[str, Any], Future[StoredObject]]]:
+    written = []
+    piece_rows = max(1, PIECE_BYTES // table.row_bytes)
+    for start, stop in table.segments(block_rows):
+        num_bytes = (stop - start) * table.row_bytes
+        uploads.reserve(num_bytes)
+        block = bytearray(num_bytes)
+        block_PX = np.frombuffer(block, np.uint8).reshape(stop - start, table.row_bytes)
+        for at in range(0, stop - start, piece_rows):
+            to = min(at + piece_rows, stop - start)
+            frozen.read(start - table.start + to, block_PX[at:to])
+        del block_PX
+        future = uploads.submit(f"{prefix}/{start:012d}-{stop:012d}.bin", [block], num_bytes)
+        written.append(({"start": start, "stop": stop}, future))
+    return written
+
+
+def _write_increments(
+    uploads: Uploads, prefix: str, table: RowTable, frozen: FrozenRows, since: int
+) -> list[tuple[dict[str, Any], Future[StoredObject]]]:
+    """Write the rows of step `since` and later, and their numbers, in objects of about 32 MiB."""
+    index_dtype = "int32" if table.num_rows <= 2**31 else "int64"
+    piece_rows = max(1, PIECE_BYTES // table.row_bytes)
+    reserved = INCREMENT_BYTES + PIECE_BYTES + (INCREMENT_BYTES // table.row_bytes + piece_rows) * 8
+    written = []
+    block, numbers = bytearray(), []
+    for at in range(0, len(frozen), piece_rows):
+        to = min(at + piece_rows, len(frozen))
+        places_P, rows_PX = frozen.read_written(to, since)
+        if len(places_P) and not block:
+            uploads.reserve(reserved)
+        if len(places_P):
+            block += rows_PX.reshape(-1).data
+            numbers.append(places_P + table.start)
+        if block and (len(block) >= INCREMENT_BYTES or to == len(frozen)):
+            numbers_P = np.concatenate(numbers)
+            block += numbers_P.astype(np.dtype(index_dtype).newbyteorder("<")).data
+            start, stop = int(numbers_P[0]), int(numbers_P[-1]) + 1
+            about = {"start": start, "stop": stop, "num_rows": len(numbers_P), "index_dtype": index_dtype}
+            future = uploads.submit(f"{prefix}/{start:012d}-{stop:012d}.rows", [block], reserved)
+            written.append((about, future))
+            block, numbers = bytearray(), []
+    return written
+
+
+def join_parts(
+    parts: Sequence[Mapping[str, Any]], previous: Manifest | None
+) -> tuple[dict[str, StoredTable], StoredObject]:
+    """Return the tables and the tensors that the ranks' parts make up, with what increments add to: `previous`.
+
+    ManifestError, naming the table, unless its parts have one shape and hold each row exactly once, or add to the same
+    checkpoint.
     """
+    bases = {tuple(part["since"]) if part["since"] else None for part in parts}
+    if len(bases) > 1 or bases != {None} and bases != {previous.id if previous else None}:
+        raise ManifestError(
+            f"the ranks' parts add to {', '.join(map(str, bases))}, the checkpoint before is "
+            f"{previous.id if previous else None}"
+        )
     tables: dict[str, StoredTable] = {}
     for name in dict.fromkeys(name for part in parts for name in part["tables"]):
         found = [part["tables"][name] for part in parts if name in part["tables"]]
-        kinds = [{k: table[k] for k in ("num_rows", "row_shape", "dtype")} for table in found]
+        kinds = [(table["num_rows"], table["row_shape"], table["dtype"], "segments" in table) for table in found]
         if any(kind != kinds[0] for kind in kinds):
             raise ManifestError(f"table {name!r}: the ranks do not agree on what it is: {kinds}")
-        segments = sorted((Segment(**s) for table in found for s in table["segments"]), key=lambda s: s.start)
         try:
-            tables[name] = StoredTable(
-                num_rows=kinds[0]["num_rows"],
-                row_shape=tuple(kinds[0]["row_shape"]),
-                dtype=kinds[0]["dtype"],
-                segments=tuple(segments),
-            )
+            tables[name] = _joined(found, previous.tables.get(name) if previous else None)
         except ManifestError as error:
             raise ManifestError(f"table {name!r}: {error}") from error
     return tables, StoredObject(**parts[0]["tensors"])
 
 
-def _checked(name: str) -> str:
-    if "/" in name:
-        raise ValueError(f"table {name!r}: expected a name without '/'")
-    check_key(name)
-    return name
+def _joined(found: Sequence[Mapping[str, Any]], before: StoredTable | None) -> StoredTable:
+    about = {
+        "num_rows": found[0]["num_rows"],
+        "row_shape": tuple(found[0]["row_shape"]),
+        "dtype": found[0]["dtype"],
+    }
+    if "segments" in found[0]:
+        segments = sorted((Segment(**s) for table in found for s in table["segments"]), key=lambda s: s.start)
+        return StoredTable(segments=tuple(segments), **about)
+    if before is None or (before.num_rows, before.row_shape, before.dtype) != tuple(about.values()):
+        raise ManifestError(f"increments to another table than the checkpoint before has: {about}")
+    increments = sorted((Increment(**i) for table in found for i in table["increments"]), key=lambda i: i.start)
+    for first, second in zip(increments, increments[1:], strict=False):
+        if second.start < first.stop:
+            raise ManifestError(f"increments: {first.key} and {second.key} overlap")
+    return StoredTable(segments=before.segments, increments=(*before.increments, *increments), **about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """How much increments have added to the whole tables of a checkpoint.
+
+    kinds: (rows, shape of a row, dtype) of each table.
+    """
+
+    segment_bytes: int
+    increment_bytes: int
+    num_increments: int
+    kinds: Mapping[str, tuple[int, tuple[int, ...], str]]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Growth:
+        tables = manifest.tables.values()
+        return cls(
+            segment_bytes=sum(segment.num_bytes for table in tables for segment in table.segments),
+            increment_bytes=sum(increment.num_bytes for table in tables for increment in table.increments),
+            num_increments=max((len(table.increments) for table in tables), default=0),
+            kinds={name: (t.num_rows, t.row_shape, t.dtype) for name, t in manifest.tables.items()},
+        )
+
+    def allows_increment(self, tables: Mapping[str, RowTable], rows_written: float | None) -> bool:
+        """Whether the next save may add to this checkpoint; else it stores whole tables, a new base.
+
+        rows_written: at most so many rows of each table were written since, None if nobody knows.
+        """
+        if any(self.kinds.get(name) != (t.num_rows, t.row_shape, t.dtype) for name, t in tables.items()):
+            return False
+        num_rows = max((table.num_rows for table in tables.values()), default=1)
+        expected = 0.0 if rows_written is None else self.segment_bytes * min(1.0, rows_written / num_rows)
+        few = self.num_increments < MAX_INCREMENTS
+        return few and self.increment_bytes + expected <= MAX_INCREMENT_SHARE * self.segment_bytes

@@ -11,14 +11,16 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from cluster.row_table import DTYPES, row_bytes
 from cluster.store import check_key
 from cluster.stored_object import StoredObject
 
-FORMAT = 1
+FORMAT = 2
+"""1: tables of segments only. 2: increments, digests, metrics and the number of the save."""
+INDEX_DTYPES = {"int32": 4, "int64": 8}
 _KEY = re.compile(r"manifests/(\d{6,})-(\d{12,})\.json")
 
 
@@ -61,13 +63,30 @@ class Segment(StoredObject):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Increment(StoredObject):
+    """`num_rows` rows, all in [start, stop), that replace those of the segments and of the increments before.
+
+    The object holds the rows and after them their numbers, rising, little-endian, of `index_dtype`.
+    """
+
+    start: int
+    stop: int
+    num_rows: int
+    index_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StoredTable:
-    """A table's shape and the segments that hold its rows. ManifestError unless they tile it exactly."""
+    """A table's shape and the objects that hold its rows. ManifestError unless the segments tile it exactly.
+
+    increments: of the saves since the segments were written, in the order of the saves.
+    """
 
     num_rows: int
     row_shape: tuple[int, ...]
     dtype: str
     segments: tuple[Segment, ...]
+    increments: tuple[Increment, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -83,22 +102,42 @@ class StoredTable:
             place = segment.stop
         if place != self.num_rows:
             raise ManifestError(f"segments: they end at row {place}, expected all {self.num_rows} rows")
+        for increment in self.increments:
+            if increment.index_dtype not in INDEX_DTYPES:
+                raise ManifestError(f"{increment.key}: found {increment.index_dtype!r}, expected int32 or int64")
+            fits = 0 <= increment.start < increment.stop <= self.num_rows
+            row_and_number = self.row_bytes + INDEX_DTYPES[increment.index_dtype]
+            if not fits or increment.num_bytes != increment.num_rows * row_and_number:
+                raise ManifestError(
+                    f"{increment.key}: {increment.num_rows} rows of [{increment.start}, {increment.stop}) in "
+                    f"{increment.num_bytes} bytes do not fit a table of {self.num_rows} rows of {self.row_bytes} bytes"
+                )
 
     @property
     def row_bytes(self) -> int:
         return row_bytes(self.row_shape, self.dtype)
 
+    @property
+    def objects(self) -> tuple[Segment | Increment, ...]:
+        return (*self.segments, *self.increments)
+
     def overlapping(self, start: int, stop: int) -> list[Segment]:
         """Return the segments that hold any of rows [start, stop)."""
         return [s for s in self.segments if max(start, s.start) < min(stop, s.stop)]
+
+    def increments_of(self, start: int, stop: int) -> list[Increment]:
+        """Return the increments that may hold any of rows [start, stop), in the order in which they apply."""
+        return [i for i in self.increments if max(start, i.start) < min(stop, i.stop)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a checkpoint consists of.
 
-    parent: the checkpoint before it, None for the first. created: UTC, ISO 8601. versions: of Python and libraries.
-    tensors: the safetensors object of model and optimizer. state: any JSON object, kept bit for bit.
+    parent: the checkpoint before it, None for the first. save: the number of the save within the attempt.
+    created: UTC, ISO 8601. versions: of Python, libraries and the code. digests: of what the run must still have when it
+    goes on, by name. metrics: what `Retention.best` may choose by. tensors: the safetensors object of model and
+    optimizer. state: any JSON object, kept bit for bit.
     """
 
     attempt: int
@@ -109,6 +148,9 @@ class Manifest:
     tables: Mapping[str, StoredTable]
     tensors: StoredObject
     state: Mapping[str, Any]
+    save: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def id(self) -> ManifestId:
@@ -116,7 +158,12 @@ class Manifest:
 
     def objects(self) -> list[StoredObject]:
         """Return every object that the checkpoint needs."""
-        return [self.tensors, *(segment for table in self.tables.values() for segment in table.segments)]
+        return [self.tensors, *(stored for table in self.tables.values() for stored in table.objects)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(stored.num_bytes for stored in self.objects())
 
     def to_bytes(self) -> bytes:
         """Return the document. ValueError if the state is not JSON that reads back as it is."""
@@ -139,8 +186,15 @@ class Manifest:
         return manifest
 
 
-def _table(segments: list[dict[str, Any]], row_shape: list[int], **rest: Any) -> StoredTable:
-    return StoredTable(segments=tuple(Segment(**s) for s in segments), row_shape=tuple(row_shape), **rest)
+def _table(
+    segments: list[dict[str, Any]], row_shape: list[int], increments: Sequence[dict[str, Any]] = (), **rest: Any
+) -> StoredTable:
+    return StoredTable(
+        segments=tuple(Segment(**s) for s in segments),
+        increments=tuple(Increment(**i) for i in increments),
+        row_shape=tuple(row_shape),
+        **rest,
+    )
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:

@@ -4,16 +4,21 @@ Storage is raw little-endian rows in blocks of a fixed number of rows. Blocks be
 that they do not depend on the number of workers; where a boundary between ranks cuts a block, each rank writes its
 part of it.
 
-Shapes: R rows of this rank; the rest of the shape is that of one row.
+Shapes: R rows of this rank, X bytes of a row; the rest of the shape is that of one row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from cluster.row_guard import RowGuard
 
 BLOCK_BYTES = 64 * 2**20
 DTYPES = {
@@ -26,12 +31,17 @@ DTYPES = {
 class RowTable:
     """Rows [start, start + R) of a table of `num_rows` rows.
 
-    rows: (R, ...) on any device, dtype one of `DTYPES`, R may be 0. Raises ValueError for anything else.
+    rows: (R, ...) on any device, dtype one of `DTYPES`, R may be 0. last_step: int32 (R,), the step in which each row
+    was last written (-1: never); with it a save may store only the rows written since the save before. guard: of rows
+    in host memory whose writes it hears of: a save then copies them while training goes on, else at once.
+    Raises ValueError for anything else.
     """
 
     num_rows: int
     start: int
     rows: Tensor
+    last_step: Tensor | None = None
+    guard: RowGuard | None = None
 
     def __post_init__(self) -> None:
         if self.rows.dim() < 1 or self.dtype not in DTYPES or self.row_bytes == 0:
@@ -41,6 +51,11 @@ class RowTable:
             )
         if not 0 <= self.start <= self.stop <= self.num_rows:
             raise ValueError(f"rows [{self.start}, {self.stop}) of a table of {self.num_rows}: expected them inside it")
+        last = self.last_step
+        if last is not None and (last.dtype, tuple(last.shape)) != (torch.int32, (len(self.rows),)):
+            raise ValueError(
+                f"last_step: found {tuple(last.shape)} {last.dtype}, expected ({len(self.rows)},) torch.int32"
+            )
 
     @property
     def stop(self) -> int:
@@ -58,17 +73,9 @@ class RowTable:
     def row_bytes(self) -> int:
         return row_bytes(self.row_shape, self.dtype)
 
-    def on_host(self) -> RowTable:
-        """Return the table with its rows in host memory; rows that are there already are not copied."""
-        return replace(self, rows=self.rows.detach().cpu())
-
     def segments(self, block_rows: int | None = None) -> list[tuple[int, int]]:
         """Return the row ranges [start, stop) in which these rows are stored, blocks of about 64 MiB by default."""
         return block_ranges(self.start, self.stop, block_rows or max(1, BLOCK_BYTES // self.row_bytes))
-
-    def bytes_of(self, start: int, stop: int) -> memoryview:
-        """Return the bytes of rows [start, stop) of the table, without a copy where the tensor allows."""
-        return tensor_bytes(self.rows[start - self.start : stop - self.start])
 
 
 def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
@@ -88,3 +95,11 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a host tensor's bytes in row-major order; only a tensor that is not contiguous is copied."""
     # Through uint8, because numpy has no bfloat16.
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def row_view(rows: Tensor) -> np.ndarray:
+    """Return a host tensor's rows as bytes (R, X), without a copy. ValueError if they do not lie side by side."""
+    if not rows.is_contiguous():
+        raise ValueError(f"rows: found strides {rows.stride()}, expected rows that lie side by side in memory")
+    flat = rows.detach().reshape(len(rows), -1)
+    return flat.view(torch.uint8).numpy() if len(rows) else np.empty((0, flat.shape[1] * rows.itemsize), np.uint8)

@@ -10,12 +10,22 @@ from typing import TypeVar
 
 from cluster.store import Buffer, ObjectMissingError, Store
 
+RANGE_BYTES = 16 * 2**20
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class CheckpointError(OSError):
     """A checkpoint cannot be written or read: the text says which, why and what to do."""
+
+
+class SaveFailedError(CheckpointError):
+    """A save failed on some rank; the checkpoint before stays the newest.
+
+    is_permanent: whether the cause is one that does not pass by itself (a full disk, no permission).
+    """
+
+    is_permanent = True
 
 
 class DamagedObjectError(CheckpointError):
@@ -44,17 +54,39 @@ def write_object(store: Store, key: str, parts: Sequence[Buffer]) -> StoredObjec
 
 def read_object(store: Store, expected: StoredObject) -> bytes:
     """Return the object's bytes. DamagedObjectError if it is missing, shorter, longer or different."""
-    try:
-        data = store.get(expected.key)
-    except ObjectMissingError as error:
-        raise DamagedObjectError(f"object {expected.key} in {store.uri} is missing") from error
-    if len(data) != expected.num_bytes:
-        raise DamagedObjectError(
-            f"object {expected.key} in {store.uri} has {len(data)} bytes, expected {expected.num_bytes}"
-        )
-    if hashlib.sha256(data).hexdigest() != expected.sha256:
+    data = bytearray(expected.num_bytes)
+    read_into(store, expected, memoryview(data))
+    return bytes(data)
+
+
+def read_into(store: Store, expected: StoredObject, target: memoryview | None) -> None:
+    """Read an object into memory of its size, or only verify it (None), in ranges of 16 MiB. Errors as `read_object`.
+
+    What is in `target` after an error is not what was written.
+    """
+    digest = hashlib.sha256()
+    done = 0
+    while True:
+        # One byte more than there should be tells that an object is longer.
+        stop = done + RANGE_BYTES if done + RANGE_BYTES < expected.num_bytes else expected.num_bytes + 1
+        try:
+            # S3 refuses to give a range of an empty object.
+            data = store.get(expected.key, done, stop) if expected.num_bytes else store.get(expected.key)
+        except ObjectMissingError as error:
+            raise DamagedObjectError(f"object {expected.key} in {store.uri} is missing") from error
+        if len(data) != min(stop, expected.num_bytes) - done:
+            found = f"more than {expected.num_bytes}" if done + len(data) > expected.num_bytes else done + len(data)
+            raise DamagedObjectError(
+                f"object {expected.key} in {store.uri} has {found} bytes, expected {expected.num_bytes}"
+            )
+        digest.update(data)
+        if target is not None:
+            target[done : done + len(data)] = data
+        done += len(data)
+        if stop > expected.num_bytes:
+            break
+    if digest.hexdigest() != expected.sha256:
         raise DamagedObjectError(f"object {expected.key} in {store.uri} differs from its checksum")
-    return data
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:

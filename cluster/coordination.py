@@ -1,0 +1,173 @@
+"""How workers talk to the coordinator: calls with JSON both ways, whatever carries them.
+
+`CoordinatorService` keeps a coordinator at work in threads. It is called directly in one process, through a socket from
+local worker processes (`local_coordinator`), or as an actor of Ray (`ray_coordinator`).
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from cluster.attempts import SupersededError
+from cluster.coordinator import Coordinator
+from cluster.lease import BEAT_S, Holder, Lease, RunHeldError
+from cluster.retention import Retention
+from cluster.store import ObjectMissingError, Store, StoreError
+from cluster.stored_object import CheckpointError
+
+IDLE_S = 1.0
+CLOSE_TIMEOUT_S = 10.0
+_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (CheckpointError, SupersededError, RunHeldError, StoreError, ObjectMissingError, ValueError)
+}
+
+
+class CoordinatorGoneError(CheckpointError):
+    """The coordinator does not answer."""
+
+
+class Coordination(Protocol):
+    """A way to call the coordinator."""
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Call a method of `CoordinatorService` and return its result, as JSON has it.
+
+        Raises what the method raises, and CoordinatorGoneError where nobody answers; a call may be repeated.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatorSpec:
+    """What a coordinator is started with, here or in another process."""
+
+    uri: str
+    retention: Retention = field(default_factory=Retention)
+    holder: Holder = field(default_factory=Holder.of_this_process)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> CoordinatorSpec:
+        document = json.loads(text)
+        return cls(
+            uri=document["uri"],
+            retention=Retention(**document["retention"]),
+            holder=Holder(**document["holder"]),
+        )
+
+    def start(self) -> CoordinatorService:
+        """Return a coordinator at work in this process."""
+        store = Store(self.uri)
+        return CoordinatorService(Coordinator(store, retention=self.retention), Lease(store, self.holder))
+
+
+class CoordinatorService:
+    """A coordinator at work: a thread commits what is complete, another renews the heartbeat. Close it."""
+
+    def __init__(self, coordinator: Coordinator, lease: Lease) -> None:
+        self._coordinator, self._lease = coordinator, lease
+        self._closing = threading.Event()
+        self._arrived = threading.Event()
+        self._wanted_saves = 0
+        self._is_superseded = False
+        self._threads = [
+            threading.Thread(target=self._commit, name="coordinator-commit", daemon=True),
+            threading.Thread(target=self._beat, name="coordinator-beat", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """Call one of the methods below by its name; arguments and result pass through JSON."""
+        return unpacked(self.answer(packed(method, arguments)))
+
+    def answer(self, request: str) -> str:
+        """Answer a request that `packed` made, with what `unpacked` reads. Safe in threads; raises nothing."""
+        return answered(request, self._methods())
+
+    def close(self) -> None:
+        """Stop working and release the run."""
+        self._closing.set()
+        self._arrived.set()
+        for thread in self._threads:
+            thread.join(CLOSE_TIMEOUT_S)
+        try:
+            self._lease.release()
+        except OSError:
+            pass  # others find that the heartbeat has stopped
+
+    def begin_attempt(self) -> dict[str, Any]:
+        """Take the run's lease, then `Coordinator.begin_attempt`."""
+        self._lease.take()
+        return self._coordinator.begin_attempt()
+
+    def acknowledge(self, **arguments: Any) -> dict[str, Any]:
+        """`Coordinator.acknowledge`."""
+        state = self._coordinator.acknowledge(**arguments)
+        self._arrived.set()
+        return state
+
+    def want_save(self) -> int:
+        """Ask for a checkpoint as soon as possible: before a machine goes or the group is resized."""
+        self._wanted_saves += 1
+        return self._wanted_saves
+
+    def wishes(self) -> dict[str, Any]:
+        """Return {"saves": how often a checkpoint was asked for, "superseded": whether a newer attempt goes on}."""
+        return {"saves": self._wanted_saves, "superseded": self._is_superseded}
+
+    def _methods(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "begin_attempt": self.begin_attempt,
+            "start_attempt": self._coordinator.start_attempt,
+            "acknowledge": self.acknowledge,
+            "state_of": self._coordinator.state_of,
+            "want_save": self.want_save,
+            "wishes": self.wishes,
+        }
+
+    def _commit(self) -> None:
+        while not self._closing.is_set():
+            self._arrived.wait(IDLE_S)
+            self._arrived.clear()
+            while not self._closing.is_set() and self._coordinator.work():
+                pass
+
+    def _beat(self) -> None:
+        while not self._closing.wait(BEAT_S):
+            try:
+                lost = not self._lease.beat()
+                self._is_superseded = lost or self._coordinator.is_superseded()
+            except OSError:
+                continue  # the store does not answer; saves will say so
+
+
+def packed(method: str, arguments: dict[str, Any]) -> str:
+    """Return a call as text."""
+    return json.dumps({"method": method, "arguments": arguments})
+
+
+def answered(request: str, methods: dict[str, Callable[..., Any]]) -> str:
+    """Return the answer to a call as text."""
+    try:
+        document = json.loads(request)
+        return json.dumps({"result": methods[document["method"]](**document["arguments"])})
+    except Exception as error:
+        kind = type(error).__name__
+        text = str(error) if kind in _ERRORS else f"the coordinator failed: {error!r}"
+        return json.dumps({"error": text, "kind": kind})
+
+
+def unpacked(answer: str) -> Any:
+    """Return the result in an answer, or raise the error in it."""
+    document = json.loads(answer)
+    if "error" in document:
+        raise _ERRORS.get(document["kind"], CheckpointError)(document["error"])
+    return document["result"]
