@@ -156,7 +156,8 @@ def require_newest(store: Store, number: int) -> None:
     newest = attempt_numbers(store)[-1]
     if newest > number:
         raise SupersededError(
-            f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must end"
+            f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must "
+            "end"
         )
 
 

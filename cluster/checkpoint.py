@@ -21,14 +21,14 @@ from cluster.checkpoint_reader import (
     Checkpoint,
     CheckpointDeletedError,
     read_latest,
-    read_manifest,
     verify_share,
 )
-from cluster.checkpoint_writer import Growth, write_part
+from cluster.checkpoint_writer import write_part
 from cluster.coordination import Coordination, CoordinatorGoneError, CoordinatorSpec
 from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, SaveId
 from cluster.lease import RunHeldError
-from cluster.manifest import Manifest, ManifestError, ManifestId, describe
+from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
+from cluster.parts import Growth
 from cluster.patience import is_transient
 from cluster.phase import Phase, phase
 from cluster.retention import Retention
@@ -166,8 +166,8 @@ class Checkpointer:
                 )
             if chain:
                 raise CheckpointError(
-                    f"no checkpoint of {self._store.uri} is intact, {len(chain)} tried: {'; '.join(self.warnings)}; put "
-                    "the damaged objects back from a copy, or start a new run under another URI"
+                    f"no checkpoint of {self._store.uri} is intact, {len(chain)} tried: {'; '.join(self.warnings)}; "
+                    "put the damaged objects back from a copy, or start a new run under another URI"
                 )
             self._last = None
             return None
@@ -182,7 +182,7 @@ class Checkpointer:
             "begin an attempt",
             lambda: self._of_rank_0("start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged),
         )[0]
-        self._growth = _growth_of(started["growth"])
+        self._growth = Growth.from_json(started["growth"]) if started["growth"] else None
         return self._attempt
 
     def save(
@@ -254,7 +254,7 @@ class Checkpointer:
             error = SaveFailedError(f"cannot save step {id.step}: {outcome['error']}")
             error.is_permanent = outcome["permanent"]
             raise error
-        self._last, self._growth = id.manifest, _growth_of(outcome["growth"])
+        self._last, self._growth = id.manifest, Growth.from_json(outcome["growth"])
         self.warnings.extend(outcome["warnings"])
         figures = {name: outcome[name] for name in SaveReport.__dataclass_fields__ if name in outcome}
         return SaveReport(attempt=id.attempt, step=id.step, stall_s=stall_s, **figures)
@@ -336,7 +336,7 @@ class Checkpointer:
         """Return the checkpoint that the next save adds to, None if it writes whole tables; the same on all ranks."""
         if not self._incremental or self._last is None or self._growth is None:
             return None
-        known = {name: table for name, table in tables.items() if table.last_step is not None}
+        known = {n: (t.num_rows, t.row_shape, t.dtype) for n, t in tables.items() if t.last_step is not None}
         rows = None if self._rows_per_step is None else (step - self._last.step) * self._rows_per_step
         return self._last if known and self._growth.allows_increment(known, rows) else None
 
@@ -385,10 +385,3 @@ class Checkpointer:
                 pause_s = min(2 * pause_s, _LONGEST_POLL_S)
         except OSError as error:
             return {"state": "failed", "error": str(error), "permanent": True}
-
-
-def _growth_of(document: Mapping[str, Any] | None) -> Growth | None:
-    if document is None:
-        return None
-    kinds = {name: (rows, tuple(shape), dtype) for name, (rows, shape, dtype) in document["kinds"].items()}
-    return Growth(**{**document, "kinds": kinds})

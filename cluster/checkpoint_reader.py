@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from cluster.attempts import read_history
-from cluster.manifest import Increment, Manifest, ManifestError, ManifestId, Segment, StoredTable, describe
+from cluster.manifest import (
+    Increment,
+    Manifest,
+    ManifestError,
+    ManifestId,
+    Segment,
+    StoredTable,
+    describe,
+    read_manifest,
+)
 from cluster.row_table import DTYPES, row_view
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import (
@@ -204,14 +213,6 @@ def _in_order(
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-
-
-def read_manifest(store: Store, id: ManifestId) -> Manifest:
-    """Return a manifest. ObjectMissingError, ManifestError or NewerFormatError if there is none to be used."""
-    manifest = Manifest.from_bytes(store.get(id.key), f"{id.key} in {store.uri}")
-    if manifest.id != id:
-        raise ManifestError(f"{id.key} in {store.uri} contradicts itself: it says {describe([manifest.id])}")
-    return manifest
 
 
 def read_latest(store: Store) -> Checkpoint | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -98,10 +99,8 @@ class CoordinatorService:
         self._arrived.set()
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
-        try:
+        with suppress(OSError):  # others find that the heartbeat has stopped
             self._lease.release()
-        except OSError:
-            pass  # others find that the heartbeat has stopped
 
     def begin_attempt(self) -> dict[str, Any]:
         """Take the run's lease, then `Coordinator.begin_attempt`."""

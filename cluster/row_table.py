@@ -10,21 +10,19 @@ Shapes: R rows of this rank, X bytes of a row; the rest of the shape is that of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.manifest import ITEM_BYTES, row_bytes
+
 if TYPE_CHECKING:
     from cluster.row_guard import RowGuard
 
 BLOCK_BYTES = 64 * 2**20
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8)
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,6 @@ class RowTable:
     def segments(self, block_rows: int | None = None) -> list[tuple[int, int]]:
         """Return the row ranges [start, stop) in which these rows are stored, blocks of about 64 MiB by default."""
         return block_ranges(self.start, self.stop, block_rows or max(1, BLOCK_BYTES // self.row_bytes))
-
-
-def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
-    """Return the bytes of one row; dtype is one of `DTYPES`."""
-    return prod(row_shape) * DTYPES[dtype].itemsize
 
 
 def block_ranges(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
