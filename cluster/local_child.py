@@ -29,6 +29,7 @@ class LocalTask:
     num_threads: int
     folder: str
     environment: dict[str, str]
+    has_coordinator: bool = False
 
 
 def run_worker(task: LocalTask, connection: Connection) -> None:
@@ -56,6 +57,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
 def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
     import torch  # only now: OpenMP reads its environment once, when torch is loaded
 
+    from cluster.local_coordinator import LocalCoordination
     from cluster.process_group import close_groups, device_of, open_groups
     from cluster.worker import Worker
 
@@ -73,6 +75,7 @@ def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
         send_event=outbox.put,
         poll_stop=connection.poll,
         control_group=control_group,
+        coordinator=LocalCoordination(task.folder) if task.has_coordinator else None,
     )
     result = fn(worker, *args)
     if control_group is not None:

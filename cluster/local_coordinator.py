@@ -11,12 +11,21 @@ import signal
 import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from cluster.coordination import CoordinatorGoneError, CoordinatorService, CoordinatorSpec, packed, unpacked
+from cluster.coordination import (
+    CLOSE_TIMEOUT_S,
+    CoordinatorGoneError,
+    CoordinatorService,
+    CoordinatorSpec,
+    packed,
+    unpacked,
+)
 
 GONE_TIMEOUT_S = 120.0
 """How long calls wait for a coordinator that is being started again."""
+MAX_STARTS = 100
 _PAUSE_S = 0.05
 _CLOSE = b"close"
 
@@ -71,6 +80,46 @@ def close_coordinator(folder: str) -> None:
             connection.send_bytes(_CLOSE)
     except OSError:
         pass  # it has ended
+
+
+class LocalCoordinator:
+    """The coordinator's process, as the supervisor of the workers sees it."""
+
+    def __init__(self, spec: CoordinatorSpec, folder: str, context: ForkServerContext) -> None:
+        self._spec, self._folder, self._context = spec, folder, context
+        self._process: ForkServerProcess | None = None
+        self._num_starts = 0
+
+    def start(self) -> None:
+        """Start the process; calls wait until it listens."""
+        self._num_starts += 1
+        arguments = (self._spec.to_json(), self._folder, dict(os.environ))
+        self._process = self._context.Process(target=serve, args=arguments, name="coordinator")
+        self._process.start()
+
+    def start_again_if_dead(self) -> None:
+        """Start the process again if it has ended. CoordinatorGoneError if that happens all the time."""
+        if self._process is None or not wait([self._process.sentinel], 0):
+            return
+        self._process.join()
+        if self._num_starts >= MAX_STARTS:
+            raise CoordinatorGoneError(
+                f"the coordinator of {self._spec.uri} ended {MAX_STARTS} times, last with exit code "
+                f"{self._process.exitcode}; its messages stand above"
+            )
+        self._process.close()
+        self.start()
+
+    def end(self) -> None:
+        """Let the process release the run and end; end it where it does not."""
+        if self._process is None:
+            return
+        close_coordinator(self._folder)
+        self._process.join(CLOSE_TIMEOUT_S)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        self._process.close()
 
 
 class LocalCoordination:
