@@ -8,6 +8,7 @@ rank cannot hang it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,7 @@ from cluster.checkpoint_writer import write_part
 from cluster.coordination import Coordination, CoordinatorGoneError, CoordinatorSpec
 from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, SaveId
 from cluster.lease import RunHeldError
+from cluster.local_coordinator import HostedCoordination
 from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
 from cluster.parts import Growth
 from cluster.patience import is_transient
@@ -55,6 +57,7 @@ __all__ = [
     "WorkerLike",
     "read_latest",
 ]
+WISH_INTERVAL_S = 1.0
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
 
 
@@ -92,8 +95,8 @@ class SaveReport:
 class Checkpointer:
     """Saves and restores one run's checkpoints in a store.
 
-    coordinator: the way to the run's coordinator, common to all ranks; None: with one worker, one in this process.
-    retention: for that one. block_rows: rows of a block, about 64 MiB by default. bandwidth_share: how much of the time
+    coordinator: the way to the run's coordinator, common to all ranks; None: rank 0 hosts one, for workers of its own
+    machine, and making a checkpointer is collective. retention: for that one. block_rows: rows of a block, about 64 MiB by default. bandwidth_share: how much of the time
     each of `num_threads` threads sends. rows_per_step: most rows of a table that a step writes; from it follows when
     increments are no longer worth it. incremental: whether to write increments at all. digests, versions: what the
     manifest says of the run's configuration and code; `restore` refuses a checkpoint with other digests.
@@ -117,16 +120,11 @@ class Checkpointer:
     ) -> None:
         if num_threads < 1 or (block_rows is not None and block_rows < 1):
             raise ValueError(f"num_threads {num_threads}, block_rows {block_rows}: expected at least 1")
-        if coordinator is None and worker.world_size > 1:
-            raise ValueError(f"coordinator: found none for {worker.world_size} workers, expected one that all share")
         self.warnings: list[str] = []
         self._store, self._worker = store, worker
-        self._own_coordinator = None
-        if coordinator is None:
-            coordinator = self._own_coordinator = CoordinatorSpec(
-                uri=store.uri, retention=retention or Retention()
-            ).start()
-        self._coordinator = coordinator
+        spec = CoordinatorSpec(uri=store.uri, retention=retention or Retention())
+        self._own_coordinator = HostedCoordination(spec, worker) if coordinator is None else None
+        self._coordinator: Coordination = coordinator or self._own_coordinator
         self._block_rows, self._num_threads, self._incremental = block_rows, num_threads, incremental
         self._rows_per_step = rows_per_step
         self._digests, self._versions = dict(digests or {}), dict(versions or {})
@@ -139,6 +137,8 @@ class Checkpointer:
         self._last: ManifestId | None = None
         self._growth: Growth | None = None
         self._num_saves = 0
+        self._wishes: dict[str, Any] = {"saves": 0, "served": 0, "superseded": False}
+        self._closing = threading.Event()
 
     def restore(self, load: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
         """Begin an attempt and return the newest checkpoint that is intact, None if the run has none yet. Collective.
@@ -183,6 +183,9 @@ class Checkpointer:
             lambda: self._of_rank_0("start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged),
         )[0]
         self._growth = Growth.from_json(started["growth"]) if started["growth"] else None
+        if self._worker.rank == 0:
+            # In a thread: training never waits for an answer of the coordinator.
+            threading.Thread(target=self._ask_for_wishes, name="checkpoint-wishes", daemon=True).start()
         return self._attempt
 
     def save(
@@ -206,13 +209,14 @@ class Checkpointer:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        wish: int = 0,
     ) -> None:
         """Take a snapshot, and write it while training goes on. Every rank calls it between the same two steps, when no
         rank `is_saving`.
 
         tables: on every rank its own rows, together each row once; those with a guard may be written again on return,
         under the guard. tensors, state: rank 0's count; the state is JSON, without NaN and infinities. metrics: for
-        retention's `best`.
+        retention's `best`. wish: the number of the wish for a checkpoint that this save fulfils.
         """
         assert self._attempt is not None, "begin_attempt() comes before start_save()"
         assert self._saving is None, "the save before has ended, and its outcome was asked for"
@@ -228,7 +232,7 @@ class Checkpointer:
             snapshot = error
         stall_s = time.perf_counter() - started_s
         self._pace.relax()
-        self._saving = id, stall_s, self._background.submit(self._write_and_agree, id, snapshot, since)
+        self._saving = id, stall_s, self._background.submit(self._write_and_agree, id, snapshot, since, wish)
 
     @property
     def is_saving(self) -> bool:
@@ -259,16 +263,25 @@ class Checkpointer:
         figures = {name: outcome[name] for name in SaveReport.__dataclass_fields__ if name in outcome}
         return SaveReport(attempt=id.attempt, step=id.step, stall_s=stall_s, **figures)
 
+    @property
     def wishes(self) -> dict[str, Any]:
-        """Return what the coordinator was asked for, see `CoordinatorService.wishes`. Local, quick."""
-        return self._coordinator.call("wishes")
+        """What the coordinator was asked for, see `CoordinatorService.wishes`, a second late; rank 0 alone knows it."""
+        return self._wishes
 
     def close(self) -> None:
         """End: nothing more will be saved. A save that is on its way is not waited for."""
+        self._closing.set()
         self._pace.hurry()
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._own_coordinator is not None:
             self._own_coordinator.close()
+
+    def _ask_for_wishes(self) -> None:
+        while not self._closing.wait(WISH_INTERVAL_S):
+            try:
+                self._wishes = self._coordinator.call("wishes")
+            except OSError:
+                return  # saves say that the coordinator is gone
 
     def _of_rank_0(self, method: str, **arguments: Any) -> Any:
         return self._coordinator.call(method, **arguments) if self._worker.rank == 0 else {}
@@ -340,11 +353,14 @@ class Checkpointer:
         rows = None if self._rows_per_step is None else (step - self._last.step) * self._rows_per_step
         return self._last if known and self._growth.allows_increment(known, rows) else None
 
-    def _write_and_agree(self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None) -> dict[str, Any]:
+    def _write_and_agree(
+        self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None, wish: int
+    ) -> dict[str, Any]:
         """Write this rank's part, tell the coordinator until it answers what became of the save, and return that."""
         try:
             with phase(Phase.UPLOAD):
                 message = self._write(id, snapshot, since)
+                message["part"]["wish"] = wish
         except Exception as error:
             text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
             message = {"error": text, "permanent": not is_transient(error)}

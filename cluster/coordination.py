@@ -114,13 +114,21 @@ class CoordinatorService:
         return state
 
     def want_save(self) -> int:
-        """Ask for a checkpoint as soon as possible: before a machine goes or the group is resized."""
+        """Ask for a checkpoint as soon as possible, before a machine goes or the group is resized; return the number of
+        the wish, see `wishes`.
+        """
         self._wanted_saves += 1
         return self._wanted_saves
 
     def wishes(self) -> dict[str, Any]:
-        """Return {"saves": how often a checkpoint was asked for, "superseded": whether a newer attempt goes on}."""
-        return {"saves": self._wanted_saves, "superseded": self._is_superseded}
+        """Return {"saves": the number of the last wish for a checkpoint, "served": of the last one that is fulfilled,
+        "superseded": whether a newer attempt goes on}.
+        """
+        return {
+            "saves": self._wanted_saves,
+            "served": self._coordinator.last_wish,
+            "superseded": self._is_superseded,
+        }
 
     def _methods(self) -> dict[str, Callable[..., Any]]:
         return {

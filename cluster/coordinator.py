@@ -152,6 +152,12 @@ class Coordinator:
                 del self._outcomes[old]
         return True
 
+    @property
+    def last_wish(self) -> int:
+        """The highest number of a wish for a checkpoint that a committed save fulfilled."""
+        with self._lock:
+            return max((outcome.get("wish", 0) for outcome in self._outcomes.values()), default=0)
+
     def is_superseded(self) -> bool:
         """Whether a newer attempt than this coordinator's was begun elsewhere."""
         with self._lock:
@@ -195,6 +201,7 @@ class Coordinator:
             "write_s": max(part["write_s"] for part in parts),
             "commit_s": committed_s - started_s,
             "retention_s": time.perf_counter() - committed_s,
+            "wish": parts[0].get("wish", 0),
             "growth": self._growth(),
             "warnings": warnings,
         }

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.coordination import (
     CLOSE_TIMEOUT_S,
@@ -40,19 +42,24 @@ def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the driver decides
     os.environ.clear()
     os.environ.update(environment)
-    address = socket_of(folder)
-    temporary = f"{address}.{os.getpid()}"
     service = CoordinatorSpec.from_json(spec_json).start()
-    listener = Listener(temporary, family="AF_UNIX")
-    os.replace(temporary, address)  # a killed predecessor left its socket there
     closing = threading.Event()
-    threading.Thread(target=_accept, args=(listener, service, closing), name="accept", daemon=True).start()
+    listen(service, folder, closing)
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not closing.is_set():
         if wait([parent.sentinel], _PAUSE_S):
             os._exit(1)
     service.close()
+
+
+def listen(service: CoordinatorService, folder: str, closing: threading.Event) -> None:
+    """Answer calls through the socket of a folder, in threads. closing: set by who tells the coordinator to end."""
+    address = socket_of(folder)
+    temporary = f"{address}.{os.getpid()}"
+    listener = Listener(temporary, family="AF_UNIX")
+    os.replace(temporary, address)  # a killed predecessor left its socket there
+    threading.Thread(target=_accept, args=(listener, service, closing), name="accept", daemon=True).start()
 
 
 def _accept(listener: Listener, service: CoordinatorService, closing: threading.Event) -> None:
@@ -148,3 +155,42 @@ class LocalCoordination:
                             f"the coordinator at {self._address} does not answer for {GONE_TIMEOUT_S:.0f} s"
                         ) from error
                     time.sleep(_PAUSE_S)
+
+
+class WorkerLike(Protocol):
+    """What hosting a coordinator needs of a worker."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    def all_gather_object(self, obj: Any) -> list[Any]: ...
+
+
+class HostedCoordination:
+    """A coordinator in the process of rank 0, for the workers of one machine. Making one is collective; close it."""
+
+    def __init__(self, spec: CoordinatorSpec, worker: WorkerLike) -> None:
+        self._service = spec.start() if worker.rank == 0 else None
+        self._folder: str | None = None
+        self._coordination: LocalCoordination | None = None
+        if worker.world_size == 1:
+            return
+        if self._service is not None:
+            self._folder = tempfile.mkdtemp(prefix="npid-")
+            listen(self._service, self._folder, threading.Event())
+        folder = worker.all_gather_object(self._folder)[0]
+        self._coordination = LocalCoordination(folder) if worker.rank else None
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        """See `coordination.Coordination.call`."""
+        coordination = self._service or self._coordination
+        assert coordination is not None
+        return coordination.call(method, **arguments)
+
+    def close(self) -> None:
+        """Release the run, on rank 0."""
+        if self._service is not None:
+            self._service.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
