@@ -106,9 +106,7 @@ class Group:
     def _load(self, checkpoint: Checkpoint | None) -> None:
         self.step = checkpoint.step if checkpoint else 0
         self.bank = checkpoint.rows("bank") if checkpoint else torch.tensor([[0, -1]] * NUM_ROWS, dtype=torch.int32)
-        self.last_step = (
-            checkpoint.rows("last_step") if checkpoint else torch.full((NUM_ROWS,), -1, dtype=torch.int32)
-        )
+        self.last_step = checkpoint.rows("last_step") if checkpoint else torch.full((NUM_ROWS,), -1, dtype=torch.int32)
         assert [tuple(row) for row in self.bank.tolist()] == self.world.bank(self.parent)
 
     def start(self) -> Call:
@@ -307,4 +305,3 @@ class Driver:
         self.work()
         self.finish_calls()
         return not group.is_saving
-

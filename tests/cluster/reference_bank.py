@@ -49,6 +49,7 @@ class World:
     born: dict[str, int] = field(default_factory=dict)
     told: dict[Any, dict[int, str]] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
+    verified: set[ManifestId] = field(default_factory=set)
     changed: bool = True
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class World:
     def observe(self, name: str, key: str, data: bytes) -> None:
         """Take down a change right before it is applied, and whether it is one that must not be."""
         self.changed = True
+        self.verified -= {other for other in self.verified if key in self.needs[other] or key == other.key}
         self.born.setdefault(key, len(self.born))
         id = ManifestId.from_key(key)
         if name == "create" and id is not None and not self.reader.exists(key):
@@ -133,7 +135,8 @@ class World:
         self.changed = False
         history = read_history(self.reader)
         for id in history.chain:
-            if id not in self.harmed:
+            if id not in self.verified | self.harmed:
+                self.verified.add(id)
                 self.assert_holds(Checkpoint(self.reader, read_manifest(self.reader, id), num_threads=1))
         self._assert_not_regressed(history)
 
@@ -173,5 +176,7 @@ class World:
         found = checkpoint.manifest.id if checkpoint else None
         if not self.harmed:
             assert not expected or found is not None, f"a reader found nothing after {expected}"
-            older = [id for id in expected if found and not (self.descends(found.attempt, id) and found.step >= id.step)]
+            older = [
+                id for id in expected if found and not (self.descends(found.attempt, id) and found.step >= id.step)
+            ]
             assert not older, f"a reader found {found} after {older} were promised"
