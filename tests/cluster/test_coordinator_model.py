@@ -13,7 +13,7 @@ attempts run at once, interleaved at each store operation; objects are damaged. 
 - one answer: no rank is told that a save failed of which another is told that it is committed;
 - an end: when nothing fails any more, every rank that waits for an answer gets one.
 
-Not promised: where all of the newest `last` are damaged, an attempt may start from an older one that an older attempt is
+Not promised: where the newest `last` are all damaged, an attempt may start from one that an older attempt is still
 about to delete. What it saves is whole, for it adds to nothing; until then the run has no checkpoint but a clear error.
 Nor that a save told to have failed left no manifest, where storage refuses for good after it was written.
 """
