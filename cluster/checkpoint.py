@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -96,10 +96,11 @@ class Checkpointer:
     """Saves and restores one run's checkpoints in a store.
 
     coordinator: the way to the run's coordinator, common to all ranks; None: rank 0 hosts one, for workers of its own
-    machine, and making a checkpointer is collective. retention: for that one. block_rows: rows of a block, about 64 MiB by default. bandwidth_share: how much of the time
-    each of `num_threads` threads sends. rows_per_step: most rows of a table that a step writes; from it follows when
-    increments are no longer worth it. incremental: whether to write increments at all. digests, versions: what the
-    manifest says of the run's configuration and code; `restore` refuses a checkpoint with other digests.
+    machine, and making a checkpointer is collective. retention: for that one. block_rows: rows of a block, about 64 MiB
+    by default. bandwidth_share: how much of the time each of `num_threads` threads sends. incremental: whether to write
+    increments. rows_per_step: most rows of a table that a step writes; from it follows when they are not worth it.
+    digests, versions: what the manifest says of the run's configuration and code; `restore` refuses a checkpoint with
+    other digests.
     warnings: sentences about what was found damaged or could not be removed, in the order in which it happened.
     """
 
@@ -124,7 +125,7 @@ class Checkpointer:
         self._store, self._worker = store, worker
         spec = CoordinatorSpec(uri=store.uri, retention=retention or Retention())
         self._own_coordinator = HostedCoordination(spec, worker) if coordinator is None else None
-        self._coordinator: Coordination = coordinator or self._own_coordinator
+        self._coordinator: Coordination = coordinator or cast(Coordination, self._own_coordinator)
         self._block_rows, self._num_threads, self._incremental = block_rows, num_threads, incremental
         self._rows_per_step = rows_per_step
         self._digests, self._versions = dict(digests or {}), dict(versions or {})

@@ -24,6 +24,7 @@ from cluster.coordination import (
     packed,
     unpacked,
 )
+from cluster.process_name import set_process_name
 
 GONE_TIMEOUT_S = 120.0
 """How long calls wait for a coordinator that is being started again."""
@@ -40,6 +41,7 @@ def socket_of(folder: str) -> str:
 def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     """Run a coordinator until its parent process is gone or says that it may go. Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the driver decides
+    set_process_name("coordinator")
     os.environ.clear()
     os.environ.update(environment)
     service = CoordinatorSpec.from_json(spec_json).start()

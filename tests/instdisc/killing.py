@@ -43,8 +43,7 @@ def kill_at_a_random_moment(command: list[str], run: Path, whom: str, chance: ra
         time.sleep(0.02)
     time.sleep(chance.uniform(0, 0.8))
     family = psutil.Process(driver.pid).children(recursive=True)
-    # The driver's own children are the fork server and its kin; the workers are the fork server's.
-    workers = [process for process in family if process.ppid() != driver.pid]
+    workers = [process for process in family if process.name().startswith("rank-")]
     assert len(workers) == 3
     victim = driver.pid if whom == "driver" else chance.choice(workers).pid
     os.kill(victim, signal.SIGKILL)
