@@ -5,6 +5,7 @@ Requests and answers are JSON texts; nothing that comes through the socket is ex
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -46,27 +47,32 @@ def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     service = CoordinatorSpec.from_json(spec_json).start()
     closing = threading.Event()
-    listen(service, folder, closing)
+    listener = listen(service, folder, closing)
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not closing.is_set():
         if wait([parent.sentinel], _PAUSE_S):
             os._exit(1)
+    listener.close()
     service.close()
 
 
-def listen(service: CoordinatorService, folder: str, closing: threading.Event) -> None:
+def listen(service: CoordinatorService, folder: str, closing: threading.Event) -> Listener:
     """Answer calls through the socket of a folder, in threads. closing: set by who tells the coordinator to end."""
     address = socket_of(folder)
-    temporary = f"{address}.{os.getpid()}"
-    listener = Listener(temporary, family="AF_UNIX")
-    os.replace(temporary, address)  # a killed predecessor left its socket there
+    with contextlib.suppress(FileNotFoundError):  # a killed predecessor left its socket there
+        os.unlink(address)
+    listener = Listener(address, family="AF_UNIX")
     threading.Thread(target=_accept, args=(listener, service, closing), name="accept", daemon=True).start()
+    return listener
 
 
 def _accept(listener: Listener, service: CoordinatorService, closing: threading.Event) -> None:
     while True:
-        connection = listener.accept()
+        try:
+            connection = listener.accept()
+        except OSError:
+            return  # it was closed
         threading.Thread(target=_answer, args=(connection, service, closing), daemon=True).start()
 
 
@@ -175,12 +181,13 @@ class HostedCoordination:
     def __init__(self, spec: CoordinatorSpec, worker: WorkerLike) -> None:
         self._service = spec.start() if worker.rank == 0 else None
         self._folder: str | None = None
+        self._listener: Listener | None = None
         self._coordination: LocalCoordination | None = None
         if worker.world_size == 1:
             return
         if self._service is not None:
             self._folder = tempfile.mkdtemp(prefix="npid-")
-            listen(self._service, self._folder, threading.Event())
+            self._listener = listen(self._service, self._folder, threading.Event())
         folder = worker.all_gather_object(self._folder)[0]
         self._coordination = LocalCoordination(folder) if worker.rank else None
 
@@ -194,5 +201,6 @@ class HostedCoordination:
         """Release the run, on rank 0."""
         if self._service is not None:
             self._service.close()
-        if self._folder is not None:
+        if self._listener is not None and self._folder is not None:
+            self._listener.close()
             shutil.rmtree(self._folder, ignore_errors=True)
