@@ -49,7 +49,7 @@ class Saves:
     def start(self, step: int) -> None:
         """Start the clock: the first step is about to begin."""
         self._cadence.start(step)
-        enter(Phase.STEP)
+        enter(Phase.STEP, step)
 
     def pause(self) -> None:
         """Leave out the time since the last look: something else than training went on."""
