@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 KEY, SECRET = "testkey", "testsecret123"
+READER_KEY, READER_SECRET = "readerkey", "readersecret123"
+"""Of a user who may read and list, and nothing else."""
 _READY_S = 60.0
 
 
@@ -28,7 +30,9 @@ class Seaweed:
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
         identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
-        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        reader = {"name": "r", "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}]}
+        reader["actions"] = ["Read", "List"]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
 
     @property
     def endpoint(self) -> str:
