@@ -61,15 +61,19 @@ def advise(error: BaseException, endpoint: str) -> str | None:
             return f"nothing answers at {endpoint}; {_ENDPOINT}"
         if "ProxyConnectionError" in names:
             return "the proxy does not answer; check HTTP_PROXY, HTTPS_PROXY and NO_PROXY"
+        if "encoded in URL" in str(seen):
+            return f"AWS_ENDPOINT_URL holds a user name and a password; leave them out. {_CREDENTIALS}"
         if names & {"HTTPClientError", "ResponseStreamingError"}:
             return f"{endpoint} takes connections and does not answer properly; {_ENDPOINT}"
         if "ResponseParserError" in names:
             return f"{endpoint} does not answer as an S3 server does; {_ENDPOINT}"
-        if "ValueError" in names and "Invalid endpoint" in str(seen):
+        if "Invalid endpoint" in str(seen):
             return f"AWS_ENDPOINT_URL is no URL; expected one such as https://s3.example.org; {_ENDPOINT}"
         response = getattr(seen, "response", None)
         if isinstance(response, dict):
             return _of_answer(response, endpoint)
+        if "TimeoutError" in names:
+            return f"{endpoint} takes connections and does not answer properly; {_ENDPOINT}"
     return None
 
 
@@ -104,7 +108,7 @@ def _of_answer(response: dict[str, Any], endpoint: str) -> str | None:
     code = str(error.get("Code", ""))
     if code in _OTHER_REGION:
         headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        region = error.get("Region") or headers.get("x-amz-bucket-region")
+        region = headers.get("x-amz-bucket-region") or error.get("Region")
         where = f"in the region {region}; set AWS_DEFAULT_REGION={region}" if region else "in another region; set"
         return f"the bucket is {where}{'' if region else ' AWS_DEFAULT_REGION to it'} (asked was {endpoint})"
     return _OF_CODES.get(code)

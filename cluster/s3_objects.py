@@ -10,17 +10,20 @@ same bytes.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
+import aiobotocore.session
 import aiohttp
 import botocore.exceptions
+import botocore.handlers
 import s3fs
 from fsspec.asyn import sync
 
@@ -37,7 +40,6 @@ TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 PART_BYTES = 64 * 2**20
 """Objects above this size are written and read in parts: what fails and is repeated is one part."""
 _MOST_PARTS, _PARTS_AT_ONCE = 10_000, 4
-_SMALL_BYTES = 2**20
 
 
 class S3Objects:
@@ -51,10 +53,14 @@ class S3Objects:
     )
 
     def __init__(self, patience: Patience) -> None:
-        timeout_s = float(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_S)
+        self._timeout_s = timeout_s = float(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_S)
+        session = aiobotocore.session.AioSession()
+        # aiohttp waits for the "100 Continue" that botocore asks for before each body, without a limit.
+        session.unregister("before-call.s3", botocore.handlers.add_expect_header)
         self._files = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
+            session=session,
             config_kwargs={
                 "max_pool_connections": 64,
                 "connect_timeout": min(CONNECT_TIMEOUT_S, timeout_s),
@@ -75,7 +81,7 @@ class S3Objects:
             return os.environ.get("AWS_ENDPOINT_URL", "the S3 server")
 
     def put(self, path: str, parts: Sequence[memoryview]) -> None:
-        """Write the concatenated parts to `path`, replacing what is there. Copies them only where they are small."""
+        """Write the concatenated parts to `path`, replacing what is there. Copies nothing."""
         views = JoinedViews(parts)
         if len(views) > PART_BYTES:
             self._put_in_parts(path, views)
@@ -143,30 +149,29 @@ class S3Objects:
     def remove_leftovers(self, folder: str) -> None:
         """Abort the uploads in parts below `folder` that killed writers left: they hold storage and are not listed."""
         bucket, key = _split(folder)
+        seen: set[str] = set()
+        # From the beginning again after each page, as SeaweedFS goes on in the wrong place.
+        while uploads := [upload for upload in self._uploads(bucket, f"{key}/") if upload["UploadId"] not in seen]:
+            for upload in uploads:
+                seen.add(upload["UploadId"])
+                with suppress(FileNotFoundError):
+                    self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
+        """Return the first thousand unfinished uploads."""
         try:
-            uploads = self._uploads(bucket, f"{key}/")
+            answer = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
         except OSError as error:
             # A right or an operation that writing and reading do not need: what stays costs money and harms nothing.
             if isinstance(error, PermissionError) or error.errno in (errno.ENOSYS, errno.EPERM):
                 _LOG.warning(
-                    "unfinished uploads below s3://%s may stay, as they cannot be listed (%s: %s); give the bucket a "
-                    "rule AbortIncompleteMultipartUpload, or these credentials s3:ListBucketMultipartUploads",
-                    *(folder, code_of(error), error),
+                    "unfinished uploads below s3://%s/%s may stay, as they cannot be listed (%s: %s); give the "
+                    "bucket a rule AbortIncompleteMultipartUpload, or these credentials s3:ListBucketMultipartUploads",
+                    *(bucket, prefix, code_of(error), error),
                 )
-                return
+                return []
             raise
-        for upload in uploads:
-            with suppress(FileNotFoundError):
-                self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-    def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
-        found, more = [], {}
-        while True:
-            answer = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more)
-            found += [upload for upload in answer.get("Uploads", []) if upload["Key"].startswith(prefix)]
-            if not answer.get("IsTruncated"):
-                return found
-            more = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer.get("NextUploadIdMarker", "")}
+        return [upload for upload in answer.get("Uploads", []) if upload["Key"].startswith(prefix)]
 
     def _put_in_parts(self, path: str, views: JoinedViews) -> None:
         bucket, key = _split(path)
@@ -200,24 +205,35 @@ class S3Objects:
 
     def _write(self, method: str, path: str, views: JoinedViews, **arguments: Any) -> dict[str, Any]:
         bucket, key = _split(path)
-        small = views.part(0, len(views)).read() if len(views) <= _SMALL_BYTES else None
+        where = {"Bucket": bucket, "Key": key, **arguments}
         # Every try reads from a file of its own: one that was given up may still be reading.
-        return self._patience.call(
-            lambda: self._once(
-                method,
-                Bucket=bucket,
-                Key=key,
-                Body=views.part(0, len(views)) if small is None else small,
-                **arguments,
-            )
-        )
+        return self._patience.call(lambda: self._once(method, Body=views.part(0, len(views)), **where))
 
     def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
         return self._patience.call(lambda: self._once(method, **arguments))
 
     def _once(self, method: str, **arguments: Any) -> dict[str, Any]:
-        call: Any = self._files.call_s3
-        return _told_apart(lambda: call(method, **arguments))
+        request = self._files._call_s3
+        body = arguments.get("Body")
+        if body is None:
+            return self._run(lambda: request(method, **arguments))
+        return self._run(lambda: _while_moving(request(method, **arguments), body, self._timeout_s))
+
+    def _run(self, function: Callable[[], Awaitable[Result]]) -> Result:
+        """Return what the coroutine of function() returns, run by the loop of s3fs."""
+        run: Any = sync
+        try:
+            return run(self._files.loop, function)
+        except FileNotFoundError as error:
+            # What s3fs calls a missing file and is none.
+            if code_of(error) in ("NoSuchBucket", "NoSuchUpload"):
+                raise OSError(errno.ENXIO, str(error)) from error.__cause__
+            raise
+        except (ValueError, botocore.exceptions.HTTPClientError) as error:
+            # Nothing that passes: the address itself is wrong.
+            if "Invalid endpoint" in str(error) or "encoded in URL" in str(error):
+                raise OSError(errno.EINVAL, str(error)) from None
+            raise
 
     def _read(self, path: str, **arguments: Any) -> bytes | tuple[int, str]:
         """Return an answer's bytes; (how many, ETag) if they are to be read in parts."""
@@ -232,22 +248,25 @@ class S3Objects:
             finally:
                 answer["Body"].close()
 
-        run: Any = sync
-        return _told_apart(lambda: run(self._files.loop, read))
+        return self._run(read)
 
 
-def _told_apart(function: Callable[[], Result]) -> Result:
-    """Return function(); what s3fs calls a missing file and is none is raised as another error."""
+async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s: float) -> Result:
+    """Return await request; TimeoutError if for timeout_s it neither takes bytes of its body nor ends.
+
+    The time-outs of the client library begin when a body has been sent.
+    """
+    task = asyncio.ensure_future(request)
     try:
-        return function()
-    except FileNotFoundError as error:
-        if code_of(error) in ("NoSuchBucket", "NoSuchUpload"):
-            raise OSError(errno.ENXIO, str(error)) from error.__cause__
-        raise
-    except ValueError as error:
-        if "Invalid endpoint" in str(error):
-            raise OSError(errno.EINVAL, str(error)) from error
-        raise
+        while True:
+            before = body.tell()
+            done, _ = await asyncio.wait({task}, timeout=timeout_s)
+            if done:
+                return task.result()
+            if body.tell() == before:
+                raise TimeoutError(errno.ETIMEDOUT, f"nothing moved for {timeout_s:g} s")
+    finally:
+        task.cancel()
 
 
 def _in_threads(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:

@@ -1,8 +1,8 @@
 """An HTTP proxy in front of a real S3 server that breaks a share of the requests, the same ones for the same seed.
 
-In a test: `with FaultProxy(server.endpoint, seed=3, shares={"503": 0.1}) as proxy:` and AWS_ENDPOINT_URL=proxy.endpoint.
-By itself: `python tests/fault_proxy.py --target http://127.0.0.1:8333 --port 0 --seed 3 --share 503=0.1`; it prints its
-port, GET /.proxy answers with its counts, and POST /.proxy with {"shares": {...}, "refuse_s": 2.0} changes what it does.
+In a test: `with FaultProxy(server.endpoint, seed=3, shares={"503": 0.1}) as proxy:`, AWS_ENDPOINT_URL=proxy.endpoint.
+By itself: `python tests/fault_proxy.py --target http://127.0.0.1:8333 --port 0 --seed 3 --share 503=0.1`: prints the
+port. GET /.proxy answers with its counts, POST /.proxy with {"shares": {...}, "refuse_s": 2.0} changes what it does.
 
 Signatures cover the Host header, which is passed on as it came; so are path, query and body.
 """
@@ -254,7 +254,9 @@ async def _body(reader: asyncio.StreamReader, message: _Message) -> bytes:
 
 
 def _refusal(method: str, status: int, reason: str, code: str) -> bytes:
-    text = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{reason}</Message></Error>'.encode()
+    text = (
+        f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{reason}</Message></Error>'.encode()
+    )
     head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: application/xml\r\nContent-Length: {len(text)}\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else text)
 

@@ -25,7 +25,7 @@ class Seaweed:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = _free_ports(5)
+        self.ports = free_ports(5)
         self.process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
@@ -114,7 +114,7 @@ def weed_binary() -> str:
     return found
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     """Return ports that are free, as are those 10,000 above."""
     ports: list[int] = []
     while len(ports) < number:

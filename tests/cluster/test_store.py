@@ -38,6 +38,15 @@ def test_an_object_reads_back_whole_and_in_ranges(store):
     assert not store.exists("a")
 
 
+def test_a_range_may_be_empty_or_begin_behind_the_end(store):
+    store.put("k", b"0123")
+    assert (store.get("k", 2, 2), store.get("k", 4), store.get("k", 9, 12), store.get("k", 0, 9)) == (
+        *(b"", b"", b"", b"0123"),
+    )
+    with pytest.raises(ObjectMissingError):
+        store.get("missing", 2, 4)
+
+
 def test_put_replaces_and_delete_may_be_repeated(store):
     store.put("a", b"old")
     store.put("a", b"new, and longer")
@@ -110,6 +119,20 @@ def test_list_gives_the_keys_that_begin_with_the_prefix_sorted(store):
     assert store.list("b") == ["b/10", "b/2", "b/x/1", "bb/1"]
     assert store.list("b/1") == ["b/10"]
     assert store.list("nothing/") == []
+
+
+def test_a_long_list_is_complete(store):
+    keys = [f"many/{number:04d} ä+&?.jpg" for number in range(1_050)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.put(key, key.encode()), keys))
+    assert store.list_sizes("many/") == [(key, len(key.encode())) for key in keys]
+    assert store.get(keys[-1]) == keys[-1].encode()
+
+
+def test_a_store_that_keeps_its_promise_of_one_winner_is_taken_and_nothing_is_left_in_it(store):
+    store.put("k", b"")
+    store.require_exclusive_create()
+    assert store.list() == ["k"]
 
 
 def test_a_missing_object_is_named(store):
