@@ -38,9 +38,10 @@ from cluster.checkpoint_reader import verify_share
 from cluster.phase import VARIABLE, Phase, read_phase
 from cluster.store import Store, StoreError
 
-NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 250, 5
+NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 300, 15
 START_TIMEOUT_S, END_TIMEOUT_S = 240.0, 120.0
 AIMED_SHARE = 0.4
+FAULTS, STALL_S = ("503", "429", "stall", "reset", "truncate", "lost", "slow"), 1.0
 RARE = (Phase.SNAPSHOT, Phase.SNAPSHOT, Phase.MANIFEST, Phase.RESTORE, Phase.UPLOAD)
 LONGEST_WAIT_S = 8.0
 _POLL_S = 0.0005
@@ -114,7 +115,8 @@ class Campaign:
         self.endpoint = self.server.endpoint
         proxy = None
         if self.faults:
-            proxy = FaultProxy(self.server.endpoint, seed=self.chance.randrange(10**6), share=self.faults)
+            shares = dict.fromkeys(FAULTS, self.faults)
+            proxy = FaultProxy(self.server.endpoint, self.chance.randrange(10**6), shares, stall_s=STALL_S)
             proxy.start()
             self.endpoint = proxy.endpoint
         try:
@@ -172,9 +174,7 @@ class Campaign:
             phases.mkdir(parents=True)
             environment = {**os.environ, VARIABLE: str(phases), "AWS_ENDPOINT_URL": self.endpoint}
             with open(self.folder / "driver.log", "ab") as log:
-                driver = subprocess.Popen(
-                    self._command(uri, self.launcher), stdout=log, stderr=log, env=environment
-                )
+                driver = subprocess.Popen(self._command(uri, self.launcher), stdout=log, stderr=log, env=environment)
             if killed is not None:
                 self._take_down(uri, number, killed, driver, phases)
             if self._num_kills() >= num_kills:
@@ -190,9 +190,7 @@ class Campaign:
                 assert driver.wait(600) == 0, (self.folder / "driver.log").read_text()[-3000:]
                 return
 
-    def _kill_somebody(
-        self, driver: subprocess.Popen[bytes], phases: Path
-    ) -> tuple[float, str, bool, str, int] | None:
+    def _kill_somebody(self, driver: subprocess.Popen[bytes], phases: Path) -> tuple[float, str, bool, str, int] | None:
         """Kill a worker, the coordinator or the driver; None if the run ended before."""
         if not self._wait_for_workers(driver, phases):
             return None
@@ -335,7 +333,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--launcher", choices=("local", "ray"), default="local")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--faults", type=float, default=0.0, help="share of S3 requests that each kind of fault hits")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="share of S3 requests that each kind of fault hits, 0.1"
+    )
     parser.add_argument("--server-kills", action="store_true", help="kill the S3 server during saves")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
