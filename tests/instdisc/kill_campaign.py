@@ -1,11 +1,13 @@
-"""Kill a training run on S3 again and again, and show that nothing is lost: `python kill_campaign.py FOLDER --kills 100`.
+"""Kill a training run on S3 again and again, and show that nothing is lost.
+
+Usage: PYTHONPATH=tests python tests/instdisc/kill_campaign.py FOLDER --kills 100
 
 Three workers train on a real S3 server. SIGKILL comes from outside: at random moments, and for a part of the kills as
 soon as a rare phase of a save or a restore is seen, plus a random delay. Whatever dies is started again with the same
 command. Meanwhile an observer reads the store: every checkpoint that is visible must be complete to the byte, and never
 older than one that was visible before. Each run must end bit for bit like one that nobody disturbed.
 
-Everything is kept in FOLDER: the same command goes on where it stopped, and `report` sums up what is there.
+Everything is kept in FOLDER: the same command goes on where it stopped. FOLDER/report.json sums up what is there.
 """
 
 from __future__ import annotations
@@ -25,8 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from fault_proxy import FaultProxy
 from killing import differences
 from seaweed import Seaweed
@@ -333,9 +333,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--launcher", choices=("local", "ray"), default="local")
     parser.add_argument("--seed", type=int)
-    parser.add_argument(
-        "--faults", type=float, default=0.0, help="share of S3 requests that each kind of fault hits, 0.1"
-    )
+    parser.add_argument("--faults", type=float, default=0.0, help="share of requests that each kind of fault hits")
     parser.add_argument("--server-kills", action="store_true", help="kill the S3 server during saves")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
