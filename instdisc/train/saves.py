@@ -28,6 +28,7 @@ class Saves:
             run.checkpoints(),
             worker=worker,
             coordinator=worker.coordinator,
+            retention=run.coordinator(config).retention,
             bandwidth_share=config.checkpoint.bandwidth_share,
             incremental=config.checkpoint.incremental,
             rows_per_step=config.optim.global_batch,
