@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.failures import describe
 from cluster.outbox import Outbox
+from cluster.process_name import set_process_name
 
 # Kinds of messages from a worker process to its supervisor.
 EVENT, RESULT, FAILURE = "event", "result", "failure"
@@ -39,6 +40,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the supervisor decides
     threading.Thread(target=_die_with_parent, args=(task.folder,), name="die-with-parent", daemon=True).start()
+    set_process_name(f"rank-{task.rank}")
     os.environ.clear()
     os.environ.update(task.environment)
     outbox = Outbox()

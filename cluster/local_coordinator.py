@@ -5,6 +5,7 @@ Requests and answers are JSON texts; nothing that comes through the socket is ex
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -14,8 +15,9 @@ import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.agreement import WorkerLike
 from cluster.coordination import (
     CLOSE_TIMEOUT_S,
     CoordinatorGoneError,
@@ -24,6 +26,7 @@ from cluster.coordination import (
     packed,
     unpacked,
 )
+from cluster.process_name import set_process_name
 
 GONE_TIMEOUT_S = 120.0
 """How long calls wait for a coordinator that is being started again."""
@@ -40,31 +43,37 @@ def socket_of(folder: str) -> str:
 def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     """Run a coordinator until its parent process is gone or says that it may go. Entry point of the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the driver decides
+    set_process_name("coordinator")
     os.environ.clear()
     os.environ.update(environment)
     service = CoordinatorSpec.from_json(spec_json).start()
     closing = threading.Event()
-    listen(service, folder, closing)
+    listener = listen(service, folder, closing)
     parent = multiprocessing.parent_process()
     assert parent is not None
     while not closing.is_set():
         if wait([parent.sentinel], _PAUSE_S):
             os._exit(1)
+    listener.close()
     service.close()
 
 
-def listen(service: CoordinatorService, folder: str, closing: threading.Event) -> None:
+def listen(service: CoordinatorService, folder: str, closing: threading.Event) -> Listener:
     """Answer calls through the socket of a folder, in threads. closing: set by who tells the coordinator to end."""
     address = socket_of(folder)
-    temporary = f"{address}.{os.getpid()}"
-    listener = Listener(temporary, family="AF_UNIX")
-    os.replace(temporary, address)  # a killed predecessor left its socket there
+    with contextlib.suppress(FileNotFoundError):  # a killed predecessor left its socket there
+        os.unlink(address)
+    listener = Listener(address, family="AF_UNIX")
     threading.Thread(target=_accept, args=(listener, service, closing), name="accept", daemon=True).start()
+    return listener
 
 
 def _accept(listener: Listener, service: CoordinatorService, closing: threading.Event) -> None:
     while True:
-        connection = listener.accept()
+        try:
+            connection = listener.accept()
+        except OSError:
+            return  # it was closed
         threading.Thread(target=_answer, args=(connection, service, closing), daemon=True).start()
 
 
@@ -157,28 +166,19 @@ class LocalCoordination:
                     time.sleep(_PAUSE_S)
 
 
-class WorkerLike(Protocol):
-    """What hosting a coordinator needs of a worker."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    def all_gather_object(self, obj: Any) -> list[Any]: ...
-
-
 class HostedCoordination:
     """A coordinator in the process of rank 0, for the workers of one machine. Making one is collective; close it."""
 
     def __init__(self, spec: CoordinatorSpec, worker: WorkerLike) -> None:
         self._service = spec.start() if worker.rank == 0 else None
         self._folder: str | None = None
+        self._listener: Listener | None = None
         self._coordination: LocalCoordination | None = None
         if worker.world_size == 1:
             return
         if self._service is not None:
             self._folder = tempfile.mkdtemp(prefix="npid-")
-            listen(self._service, self._folder, threading.Event())
+            self._listener = listen(self._service, self._folder, threading.Event())
         folder = worker.all_gather_object(self._folder)[0]
         self._coordination = LocalCoordination(folder) if worker.rank else None
 
@@ -192,5 +192,6 @@ class HostedCoordination:
         """Release the run, on rank 0."""
         if self._service is not None:
             self._service.close()
-        if self._folder is not None:
+        if self._listener is not None and self._folder is not None:
+            self._listener.close()
             shutil.rmtree(self._folder, ignore_errors=True)
