@@ -48,26 +48,27 @@ def in_threads(function, items, num_threads=8):
 
 def test_a_tenth_of_every_fault_changes_nothing_but_the_time(s3_uri, proxy, monkeypatch):
     # Long enough for a part of 5 MiB on a busy machine.
-    monkeypatch.setenv(s3_objects.TIMEOUT_VARIABLE, "3.0")
-    proxy.stall_s, proxy.bytes_per_s = 4.0, 2e6
+    monkeypatch.setenv(s3_objects.TIMEOUT_VARIABLE, "1.5")
+    proxy.stall_s, proxy.bytes_per_s = 2.0, 4e6
     store = Store(s3_uri)
     store.put("first", b"")
     monkeypatch.setattr(s3_objects, "PART_BYTES", 5 * 2**20)
-    data = {f"d/{number:02d}": np.random.default_rng(number).bytes(50 * number) for number in range(20)}
+    data = {f"d/{number:02d}": np.random.default_rng(number).bytes(50 * number) for number in range(10)}
     data["d/large"] = np.random.default_rng(99).bytes(11 * 2**20)
     proxy.shares = TENTH
 
     in_threads(lambda item: store.put(item[0], b"old"), data.items())
     in_threads(lambda item: store.put(item[0], item[1][:7], item[1][7:]), data.items())
     assert store.list_sizes("d/") == [(key, len(value)) for key, value in sorted(data.items())]
-    assert in_threads(store.get, data) == list(data.values())
+    same = in_threads(lambda item: store.get(item[0]) == item[1], data.items())
+    assert all(same), same
     assert in_threads(lambda key: store.get(key, 5, 40), data) == [value[5:40] for value in data.values()]
     assert in_threads(store.size, data) == [len(value) for value in data.values()]
 
-    assert all(in_threads(lambda number: store.claim(f"c/{number}", b"mine"), range(12)))
-    assert not any(in_threads(lambda number: store.claim(f"c/{number}", b"theirs"), range(12)))
-    assert not any(in_threads(lambda number: store.create(f"c/{number}", b"theirs"), range(12)))
-    assert in_threads(lambda number: store.get(f"c/{number}"), range(12)) == [b"mine"] * 12
+    assert all(in_threads(lambda number: store.claim(f"c/{number}", b"mine"), range(6)))
+    assert not any(in_threads(lambda number: store.claim(f"c/{number}", b"theirs"), range(6)))
+    assert not any(in_threads(lambda number: store.create(f"c/{number}", b"theirs"), range(6)))
+    assert in_threads(lambda number: store.get(f"c/{number}"), range(6)) == [b"mine"] * 6
     with pytest.raises(ObjectMissingError):
         store.get("nothing")
 
@@ -75,9 +76,9 @@ def test_a_tenth_of_every_fault_changes_nothing_but_the_time(s3_uri, proxy, monk
     store.remove_leftovers("d")
     assert store.list("d/") == []
     proxy.shares = {}
-    assert store.list() == [*sorted(f"c/{number}" for number in range(12)), "first"]
+    assert store.list() == [*sorted(f"c/{number}" for number in range(6)), "first"]
     found = {kind: proxy.counts[kind] for kind in fault_proxy.KINDS}
-    assert min(found.values()) >= 3, found
+    assert min(found.values()) >= 2, found
 
 
 @pytest.mark.parametrize("kind", ["503", "429", "stall", "reset", "truncate", "lost", "corrupt"])
