@@ -160,6 +160,7 @@ def test_a_server_that_is_gone_for_a_while_is_waited_for_by_writers_and_readers(
 
 def test_what_never_comes_back_is_given_up_after_the_patience(s3_uri, proxy, monkeypatch):
     monkeypatch.setattr(patience, "PATIENCE_S", 1.0)
+    monkeypatch.setenv(s3_objects.TIMEOUT_VARIABLE, "10.0")  # nothing stalls here, and the machine may be busy
     store = Store(s3_uri)
     store.put("k", b"v")
     proxy.refuse(True)
@@ -167,7 +168,7 @@ def test_what_never_comes_back_is_given_up_after_the_patience(s3_uri, proxy, mon
         started_s = time.monotonic()
         with pytest.raises(StoreError, match=f"nothing answers at {proxy.endpoint}"):
             action()
-        assert 0.5 < time.monotonic() - started_s < 4
+        assert 0.5 < time.monotonic() - started_s < 15
     proxy.refuse(False)
     assert store.get("k") == b"v"
 
