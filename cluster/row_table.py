@@ -101,5 +101,7 @@ def row_view(rows: Tensor) -> np.ndarray:
     """Return a host tensor's rows as bytes (R, X), without a copy. ValueError if they do not lie side by side."""
     if not rows.is_contiguous():
         raise ValueError(f"rows: found strides {rows.stride()}, expected rows that lie side by side in memory")
-    flat = rows.detach().reshape(len(rows), -1)
-    return flat.view(torch.uint8).numpy() if len(rows) else np.empty((0, flat.shape[1] * rows.itemsize), np.uint8)
+    num_numbers = prod(rows.shape[1:])
+    if len(rows) == 0:
+        return np.empty((0, num_numbers * rows.itemsize), np.uint8)
+    return rows.detach().reshape(len(rows), num_numbers).view(torch.uint8).numpy()
