@@ -153,7 +153,12 @@ def record_start(store: Store, number: int, parent: ManifestId | None, damaged: 
 
 def require_newest(store: Store, number: int) -> None:
     """Raise SupersededError if an attempt with a higher number was begun."""
-    newest = attempt_numbers(store)[-1]
+    newest = max(attempt_numbers(store), default=0)
+    if newest < number:
+        raise CheckpointError(
+            f"{store.uri} has no record of attempt {number}, which is running: the run was changed by hand; put attempts/ "
+            "back, or start a new run under another URI"
+        )
     if newest > number:
         raise SupersededError(
             f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must end"

@@ -173,8 +173,10 @@ class Coordinator:
             return self._commit(id, [save.parts[rank] for rank in range(save.world_size)])
         except SupersededError as error:
             return {"state": SUPERSEDED, "error": str(error)}
-        except (OSError, ValueError) as error:
-            return {"state": FAILED, "error": str(error), "permanent": not is_transient(error)}
+        except Exception as error:
+            # Whatever it is: workers wait for an answer.
+            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+            return {"state": FAILED, "error": text, "permanent": not is_transient(error)}
 
     def _commit(self, id: SaveId, parts: list[Mapping[str, Any]]) -> dict[str, Any]:
         started_s = time.perf_counter()
