@@ -215,7 +215,7 @@ class Growth:
         """
         if any(self.kinds.get(name) != (t.num_rows, t.row_shape, t.dtype) for name, t in tables.items()):
             return False
-        num_rows = max(1, *(table.num_rows for table in tables.values()))
+        num_rows = max([1, *(table.num_rows for table in tables.values())])
         expected = 0.0 if rows_written is None else self.segment_bytes * min(1.0, rows_written / num_rows)
         few = self.num_increments < MAX_INCREMENTS
         return few and self.increment_bytes + expected <= MAX_INCREMENT_SHARE * self.segment_bytes
