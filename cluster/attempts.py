@@ -91,6 +91,11 @@ def read_history(store: Store) -> History:
         )
     attempts: dict[int, Attempt] = {}
     number = _newest_started(store, numbers, started)
+    if manifests and manifests[-1].attempt > (number or 0):
+        raise CheckpointError(
+            f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt's start: the "
+            f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run under another URI"
+        )
     while number is not None:
         attempts[number] = read_attempt(store, number)
         parent = attempts[number].parent
