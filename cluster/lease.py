@@ -105,6 +105,7 @@ class Lease:
         self._since = ""
         self._beats = 0
         self._held = False
+        self._released = False
         # A beat that is on its way when the lease is released would take it again.
         self._writing = threading.Lock()
 
@@ -131,17 +132,23 @@ class Lease:
                 break
             self._sleep(_WATCH_S)
         self._since, self._beats = datetime.now(UTC).isoformat(timespec="seconds"), 0
-        self._held = True
+        self._held, self._released = True, False
         self._write(released=False)
 
     def beat(self) -> bool:
-        """Renew the heartbeat; False, and nothing is written, if somebody else has the lease by now."""
-        if not self._held:
-            return True
+        """Renew the heartbeat; False, and nothing is written, if somebody else has the lease by now.
+
+        Of a holder whose coordinator was started again it is renewed, too.
+        """
         found = self._read()
-        if found is not None and found["holder"]["token"] != self._holder.token:
+        is_ours = found is not None and found["holder"]["token"] == self._holder.token
+        if not self._held and (not is_ours or self._released or found["released"]):
+            return True
+        if found is not None and not is_ours:
             self._held = False
             return False
+        if not self._held:
+            self._since, self._beats, self._held = found["since"], found["beats"], True
         self._beats += 1
         self._write(released=False)
         return True
@@ -149,6 +156,7 @@ class Lease:
     def release(self) -> None:
         """Say that nobody trains the run any more."""
         with self._writing:
+            self._released = True
             if not self._held:
                 return
             self._held = False
@@ -156,7 +164,7 @@ class Lease:
 
     def _write(self, *, released: bool) -> None:
         with self._writing:
-            if self._held:
+            if self._held and not self._released:
                 self._put(released=released)
 
     def _put(self, *, released: bool) -> None:
