@@ -141,9 +141,7 @@ class CoordinatorService:
                 pass
 
     def _beat(self) -> None:
-        is_first = True
-        while not self._closing.wait(0 if is_first else BEAT_S):
-            is_first = False
+        while not self._closing.wait(BEAT_S):
             try:
                 lost = not self._lease.beat()
                 self._is_superseded = lost or self._coordinator.is_superseded()

@@ -141,14 +141,13 @@ class Lease:
         Of a holder whose coordinator was started again it is renewed, too.
         """
         found = self._read()
-        is_ours = found is not None and found["holder"]["token"] == self._holder.token
-        if not self._held and (not is_ours or self._released or found["released"]):
+        with self._writing:
+            self._resume(found)
+        if not self._held:
             return True
-        if found is not None and not is_ours:
+        if found is not None and found["holder"]["token"] != self._holder.token:
             self._held = False
             return False
-        if not self._held:
-            self._since, self._beats, self._held = found["since"], found["beats"], True
         self._beats += 1
         self._write(released=False)
         return True
@@ -156,15 +155,23 @@ class Lease:
     def release(self) -> None:
         """Say that nobody trains the run any more."""
         with self._writing:
-            self._released = True
             if not self._held:
-                return
-            self._held = False
-            self._put(released=True)
+                self._resume(self._read())
+            was_held = self._held
+            self._held, self._released = False, True
+            if was_held:
+                self._put(released=True)
+
+    def _resume(self, found: dict[str, Any] | None) -> None:
+        """Go on with the lease that this holder took before its coordinator was killed and started again."""
+        if self._held or self._released or found is None or found["released"]:
+            return
+        if found["holder"]["token"] == self._holder.token:
+            self._since, self._beats, self._held = found["since"], found["beats"], True
 
     def _write(self, *, released: bool) -> None:
         with self._writing:
-            if self._held and not self._released:
+            if self._held:
                 self._put(released=released)
 
     def _put(self, *, released: bool) -> None:
