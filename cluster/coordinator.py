@@ -61,6 +61,8 @@ class _Save:
     world_size: int
     parts: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     failures: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    is_recalled: bool = False
+    """Whether the store was asked if it was committed before this coordinator was started again."""
 
     @property
     def is_complete(self) -> bool:
@@ -141,8 +143,12 @@ class Coordinator:
         """Decide a save of which all parts are here, if there is one; return whether there was."""
         with self._lock:
             complete = min((id for id, save in self._saves.items() if save.is_complete), default=None)
-            if complete is None:
-                return False
+            incomplete = [id for id, save in self._saves.items() if not save.is_recalled]
+        if complete is None:
+            complete = next((id for id in incomplete if self._was_committed(id)), None)
+        if complete is None:
+            return False
+        with self._lock:
             save = self._saves[complete]
         outcome = self._decide(complete, save)
         with self._lock:
@@ -164,13 +170,30 @@ class Coordinator:
             return True
         return False
 
+    def _was_committed(self, id: SaveId) -> bool:
+        """Whether a save of which parts are missing was committed before this coordinator was started again: the ranks
+        that were told so do not repeat their parts.
+        """
+        if self._started != id.attempt:
+            try:
+                # An earlier save of the same step, whose answer was lost, is as good.
+                if read_manifest(self._store, id.manifest).save <= id.number:
+                    return True
+            except ObjectMissingError:
+                pass
+            except (OSError, ValueError):
+                return False  # asked again with the next message
+        with self._lock:
+            self._saves[id].is_recalled = True
+        return False
+
     def _decide(self, id: SaveId, save: _Save) -> dict[str, Any]:
         if save.failures:
             texts = [f"rank {rank}: {failure['error']}" for rank, failure in sorted(save.failures.items())]
             permanent = any(failure["permanent"] for failure in save.failures.values())
             return {"state": FAILED, "error": "; ".join(texts), "permanent": permanent}
         try:
-            return self._commit(id, [save.parts[rank] for rank in range(save.world_size)])
+            return self._commit(id, [part for _, part in sorted(save.parts.items())])
         except SupersededError as error:
             return {"state": SUPERSEDED, "error": str(error)}
         except Exception as error:
@@ -188,11 +211,14 @@ class Coordinator:
         require_newest(self._store, id.attempt)
         self._last = manifest
         committed_s = time.perf_counter()
+        # From the manifest: after a restart of the coordinator parts may be missing here.
+        prefix = SaveId(id.attempt, id.step, manifest.save).prefix
+        num_bytes = [stored.num_bytes for stored in manifest.objects() if stored.key.startswith(f"{prefix}/")]
         warnings = self._remove_old(id)
         return {
             "state": COMMITTED,
-            "num_bytes": sum(part["num_bytes"] for part in parts),
-            "table_bytes": sum(part["table_bytes"] for part in parts),
+            "num_bytes": sum(num_bytes),
+            "table_bytes": sum(num_bytes) - manifest.tensors.num_bytes,
             "is_base": not any(part["since"] for part in parts),
             "snapshot_s": max(part["snapshot_s"] for part in parts),
             "write_s": max(part["write_s"] for part in parts),
