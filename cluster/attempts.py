@@ -112,6 +112,9 @@ def read_attempt(store: Store, number: int) -> Attempt:
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
+        ids = [*damaged, *([attempt.parent] if attempt.parent else [])]
+        if not all(type(part) is int and part >= 0 for id in ids for part in id):
+            raise ManifestError(f"{key} contradicts itself: found {ids}, expected pairs of an attempt and a step")
         if attempt.number != number or (attempt.parent and attempt.parent.attempt >= number):
             raise ManifestError(f"{key} contradicts itself: number {attempt.number}, parent {attempt.parent}")
     except (ObjectMissingError, ManifestError, KeyError, TypeError) as error:
