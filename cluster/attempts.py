@@ -94,7 +94,7 @@ def read_history(store: Store) -> History:
     if manifests and manifests[-1].attempt > (number or 0):
         raise CheckpointError(
             f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt's start: the "
-            f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run under another URI"
+            f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run elsewhere"
         )
     while number is not None:
         attempts[number] = read_attempt(store, number)
@@ -164,8 +164,8 @@ def require_newest(store: Store, number: int) -> None:
     newest = max(attempt_numbers(store), default=0)
     if newest < number:
         raise CheckpointError(
-            f"{store.uri} has no record of attempt {number}, which is running: the run was changed by hand; put attempts/ "
-            "back, or start a new run under another URI"
+            f"{store.uri} has no record of attempt {number}, which is running: the run was changed by hand; put "
+            "attempts/ back, or start a new run under another URI"
         )
     if newest > number:
         raise SupersededError(

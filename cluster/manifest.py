@@ -176,7 +176,7 @@ class Manifest:
         """Read a document. ManifestError if it is damaged, NewerFormatError if it is newer; both name `where`."""
         document = decode_document(data, where)
         try:
-            _check_kinds(document, "")
+            _check_document(document)
             document["parent"] = ManifestId(*document["parent"]) if document["parent"] else None
             document["tensors"] = StoredObject(**document["tensors"])
             document["tables"] = {name: _table(**table) for name, table in document["tables"].items()}
@@ -193,18 +193,26 @@ _TEXT = ("key", "sha256", "dtype", "index_dtype", "created")
 _LARGEST = 2**62
 
 
-def _check_kinds(value: object, name: str) -> None:
+def _check_document(document: Mapping[str, Any]) -> None:
     """Raise ManifestError where a document holds something else than whole numbers that memory could count, or texts.
 
     A checksum says that a document is what was written, not that it was written in good faith.
     """
+    metrics = document.get("metrics", {})
+    if not all(type(number) in (int, float) for number in metrics.values()):
+        raise ManifestError(f"metrics: found {metrics!r}, expected numbers")
+    for name, item in document.items():
+        if name == "tables":
+            for table in item.values():
+                _check_kinds(table, name)
+        elif name not in ("state", "versions", "digests", "metrics"):
+            _check_kinds(item, name)
+
+
+def _check_kinds(value: object, name: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
-            if key == "metrics":
-                if not all(type(number) in (int, float) for number in item.values()):
-                    raise ManifestError(f"metrics: found {item!r}, expected numbers")
-            elif key not in ("state", "versions", "digests"):
-                _check_kinds(item, key)
+            _check_kinds(item, key)
     elif isinstance(value, list):
         for item in value:
             _check_kinds(item, name)
