@@ -302,6 +302,8 @@ class Checkpointer:
                 manifest, problems = verify_share(
                     self._store, id, self._worker.rank, self._worker.world_size, self._num_threads
                 )
+                if manifest:
+                    self._check_digests(manifest)
             else:
                 manifest, problems = self._load(id, load)
             if problems and not self._store.exists(id.key):
@@ -321,17 +323,20 @@ class Checkpointer:
             manifest = read_manifest(self._store, id)
         except (ManifestError, ObjectMissingError) as error:
             return None, [str(error)]
-        differing = [n for n, digest in self._digests.items() if manifest.digests.get(n, digest) != digest]
-        if differing:
-            raise CheckpointError(
-                f"{id.key} in {self._store.uri} was saved with another {' and '.join(differing)}; put the checkpoints "
-                "of this run back, or start a new run under another URI"
-            )
+        self._check_digests(manifest)
         try:
             load(Checkpoint(self._store, manifest, num_threads=self._num_threads))
         except DamagedObjectError as error:
             return manifest, [str(error)]
         return manifest, []
+
+    def _check_digests(self, manifest: Manifest) -> None:
+        differing = [n for n, digest in self._digests.items() if manifest.digests.get(n, digest) != digest]
+        if differing:
+            raise CheckpointError(
+                f"{manifest.id.key} in {self._store.uri} was saved with another {' and '.join(differing)}; put the "
+                "checkpoints of this run back, or start a new run under another URI"
+            )
 
     def _base_for(self, step: int, tables: Mapping[str, RowTable]) -> ManifestId | None:
         """Return the checkpoint that the next save adds to, None if it writes whole tables; the same on all ranks."""
