@@ -107,8 +107,9 @@ def read_attempt(store: Store, number: int) -> Attempt:
     """Return the record of an attempt's start. CheckpointError if it is damaged or missing."""
     key = _start_key(number)
     try:
-        # Format 1 had one record for both.
-        document = _read(store, key if store.exists(key) else _number_key(number))
+        if not store.exists(key) and "parent" in _peek(store, number):
+            key = _number_key(number)  # format 1 had one record for both
+        document = _read(store, key)
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
