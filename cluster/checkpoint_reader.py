@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.attempts import read_history
@@ -110,7 +111,14 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
-        return deserialize(self._read(self.manifest.tensors))
+        data = self._read(self.manifest.tensors)
+        try:
+            return deserialize(data)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise DamagedObjectError(
+                f"the checkpoint of {describe([self.manifest.id])} is damaged: object {self.manifest.tensors.key} in "
+                f"{self._store.uri} is no file of tensors, though its checksum fits: {error}"
+            ) from error
 
     def _table(self, name: str) -> StoredTable:
         if name not in self.tables:
