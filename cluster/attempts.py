@@ -19,7 +19,8 @@ from cluster.manifest import ManifestError, ManifestId, decode_document, encode_
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
-_NUMBER = re.compile(r"attempts/(\d{6,})\.json")
+_NUMBER = re.compile(r"attempts/(\d{6,})(?:\.start)?\.json")
+"""Either record shows that a number was won: one that vanished must not be won again."""
 _START = re.compile(r"attempts/(\d{6,})\.start\.json")
 
 
@@ -69,7 +70,7 @@ class History:
 
 def attempt_numbers(store: Store) -> list[int]:
     """Return the numbers of all attempts, ascending."""
-    return sorted(int(match[1]) for key in store.list("attempts/") if (match := _NUMBER.fullmatch(key)))
+    return sorted({int(match[1]) for key in store.list("attempts/") if (match := _NUMBER.fullmatch(key))})
 
 
 def manifest_ids(store: Store) -> list[ManifestId]:
@@ -82,7 +83,7 @@ def read_history(store: Store) -> History:
     # Manifests first: an attempt that begins between the two listings then has none of its own in them.
     manifests = manifest_ids(store)
     keys = store.list("attempts/")
-    numbers = sorted(int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key)))
+    numbers = sorted({int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key))})
     started = {int(match[1]) for key in keys if (match := _START.fullmatch(key))}
     if manifests and (not numbers or manifests[-1].attempt > numbers[-1]):
         raise CheckpointError(
