@@ -144,3 +144,11 @@ def test_a_process_killed_at_any_moment_leaves_the_newest_committed_checkpoint(t
         assert before["values"] == [before["restored"]]
     assert rounds[-1]["restored"] > 0
     assert not list(tmp_path.glob("objects/**/.tmp-*")), "the last save removed what the killed processes left"
+
+
+def test_a_save_of_a_guarded_table_takes_bounded_memory_and_what_is_written_meanwhile(tmp_path):
+    written_mib = 16
+    (peak,) = run_script("measure_save_memory.py", tmp_path, 400, written_mib)
+    assert peak["num_writes"] > 10, "rows were written while the save went on"
+    assert peak["grown_mib"] < 160 + 2 * written_mib, "far less than the table's 400 MiB"
+    assert written_mib <= peak["increment_mib"] < 1.1 * written_mib

@@ -140,7 +140,8 @@ def test_a_writer_thread_that_never_rests_does_not_change_what_readers_in_other_
         reader.join(30)
         assert not reader.is_alive()
     assert problems == []
-    assert min(num_written) > 5
+    assert min(num_written) > 0
+    assert sum(num_written) > 60
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
