@@ -123,7 +123,11 @@ def test_an_attempt_whose_checkpoint_was_deleted_while_it_began_is_refused(uri):
 @pytest.mark.parametrize(
     ("steps", "missing", "text"),
     [
-        ([[1]], ["attempts/000001.json", "attempts/000001.start.json"], "no record of that attempt: the run was changed"),
+        (
+            [[1]],
+            ["attempts/000001.json", "attempts/000001.start.json"],
+            "no record of that attempt: the run was changed",
+        ),
         ([[1], [2]], ["attempts/000002.json", "attempts/000002.start.json"], "no record of that attempt: the run was"),
         ([[1], [2]], ["attempts/000002.start.json"], "no record of that attempt's start: the run was changed by hand"),
         ([[1], [2]], ["attempts/000001.start.json"], "record of attempt 1 cannot be used.*put attempts/000001.start"),

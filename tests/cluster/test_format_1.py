@@ -37,7 +37,9 @@ def test_it_restores(old, load):
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("key", ["objects/000002/000000000009-0001/tensors.safetensors", "manifests/000002-000000000009.json"])
+@pytest.mark.parametrize(
+    "key", ["objects/000002/000000000009-0001/tensors.safetensors", "manifests/000002-000000000009.json"]
+)
 def test_the_checkpoint_before_is_used_where_the_newest_is_damaged(old, load, key):
     data = bytearray(old.get(key))
     data[-5] ^= 1

@@ -252,7 +252,9 @@ def test_a_table_that_changed_begins_a_new_base(uri, change):
     checkpointer.save(1, {"bank": RowTable(400, 0, rows, last)}, {}, {})
     if change == "more rows":
         rows, last = bank(401)
-    rows = rows.float() if change == "another dtype" else rows[:, :64].contiguous() if change == "another shape" else rows
+    rows = (
+        rows.float() if change == "another dtype" else rows[:, :64].contiguous() if change == "another shape" else rows
+    )
     name = "other" if change == "another table" else "bank"
     train(rows, last, 2, 3, 3)
     assert checkpointer.save(2, {name: RowTable(len(rows), 0, rows, last)}, {}, {}).is_base
