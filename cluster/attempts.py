@@ -171,7 +171,8 @@ def require_newest(store: Store, number: int) -> None:
         )
     if newest > number:
         raise SupersededError(
-            f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must end"
+            f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must "
+            "end"
         )
 
 

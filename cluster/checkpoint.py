@@ -8,35 +8,33 @@ rank cannot hang it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, cast
 
 from torch import Tensor
 
+from cluster.agreement import WorkerLike, gather
 from cluster.attempts import SupersededError
-from cluster.checkpoint_reader import (
-    Checkpoint,
-    CheckpointDeletedError,
-    read_latest,
-    read_manifest,
-    verify_share,
-)
-from cluster.checkpoint_writer import Growth, write_part
+from cluster.checkpoint_reader import Checkpoint, CheckpointDeletedError, read_latest
 from cluster.coordination import Coordination, CoordinatorGoneError, CoordinatorSpec
-from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, SaveId
+from cluster.coordinator import COMMITTED, SUPERSEDED, SaveId
 from cluster.lease import RunHeldError
-from cluster.manifest import Manifest, ManifestError, ManifestId, describe
-from cluster.patience import is_transient
+from cluster.local_coordinator import HostedCoordination
+from cluster.manifest import ManifestId
+from cluster.parts import Growth
 from cluster.phase import Phase, phase
+from cluster.restoring import Restoring
 from cluster.retention import Retention
 from cluster.row_guard import RowGuard
 from cluster.row_table import RowTable
+from cluster.save_job import SaveJob
 from cluster.snapshot import Snapshot, SnapshotTaker
-from cluster.store import ObjectMissingError, Store
-from cluster.stored_object import CheckpointError, DamagedObjectError, SaveFailedError
+from cluster.store import Store
+from cluster.stored_object import CheckpointError, SaveFailedError
 from cluster.uploads import Pace
 
 __all__ = [
@@ -55,17 +53,7 @@ __all__ = [
     "WorkerLike",
     "read_latest",
 ]
-_FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
-
-
-class WorkerLike(Protocol):
-    """What a checkpointer needs of a worker: its place in the group, and the control plane."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    def all_gather_object(self, obj: Any) -> list[Any]: ...
+WISH_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +80,12 @@ class SaveReport:
 class Checkpointer:
     """Saves and restores one run's checkpoints in a store.
 
-    coordinator: the way to the run's coordinator, common to all ranks; None: with one worker, one in this process.
-    retention: for that one. block_rows: rows of a block, about 64 MiB by default. bandwidth_share: how much of the time
-    each of `num_threads` threads sends. rows_per_step: most rows of a table that a step writes; from it follows when
-    increments are no longer worth it. incremental: whether to write increments at all. digests, versions: what the
-    manifest says of the run's configuration and code; `restore` refuses a checkpoint with other digests.
+    coordinator: the way to the run's coordinator, common to all ranks; None: rank 0 hosts one, for workers of its own
+    machine, and making a checkpointer is collective. retention: for that one. block_rows: rows of a block, about 64 MiB
+    by default. bandwidth_share: how much of the time each of `num_threads` threads sends. incremental: whether to write
+    increments. rows_per_step: most rows of a table that a step writes; from it follows when they are not worth it.
+    digests, versions: what the manifest says of the run's configuration and code; `restore` refuses a checkpoint with
+    other digests.
     warnings: sentences about what was found damaged or could not be removed, in the order in which it happened.
     """
 
@@ -117,16 +106,11 @@ class Checkpointer:
     ) -> None:
         if num_threads < 1 or (block_rows is not None and block_rows < 1):
             raise ValueError(f"num_threads {num_threads}, block_rows {block_rows}: expected at least 1")
-        if coordinator is None and worker.world_size > 1:
-            raise ValueError(f"coordinator: found none for {worker.world_size} workers, expected one that all share")
         self.warnings: list[str] = []
         self._store, self._worker = store, worker
-        self._own_coordinator = None
-        if coordinator is None:
-            coordinator = self._own_coordinator = CoordinatorSpec(
-                uri=store.uri, retention=retention or Retention()
-            ).start()
-        self._coordinator = coordinator
+        spec = CoordinatorSpec(uri=store.uri, retention=retention or Retention())
+        self._own_coordinator = HostedCoordination(spec, worker) if coordinator is None else None
+        self._coordinator: Coordination = coordinator or cast(Coordination, self._own_coordinator)
         self._block_rows, self._num_threads, self._incremental = block_rows, num_threads, incremental
         self._rows_per_step = rows_per_step
         self._digests, self._versions = dict(digests or {}), dict(versions or {})
@@ -139,6 +123,8 @@ class Checkpointer:
         self._last: ManifestId | None = None
         self._growth: Growth | None = None
         self._num_saves = 0
+        self._wishes: dict[str, Any] = {"saves": 0, "served": 0, "superseded": False}
+        self._closing = threading.Event()
 
     def restore(self, load: Callable[[Checkpoint], None] | None = None) -> Checkpoint | None:
         """Begin an attempt and return the newest checkpoint that is intact, None if the run has none yet. Collective.
@@ -149,28 +135,16 @@ class Checkpointer:
         is of a newer format or of another configuration; RunHeldError if another process trains this run.
         """
         with phase(Phase.RESTORE):
-            begun = self._gather("begin an attempt", lambda: self._of_rank_0("begin_attempt"))[0]
+            begun = gather(self._worker, "begin an attempt", lambda: self._of_rank_0("begin_attempt"))[0]
             self._attempt = int(begun["attempt"])
-            self._damaged = [ManifestId(*id) for id in begun["damaged"]]
-            chain = [ManifestId(*id) for id in begun["chain"]]
-            for id in reversed(chain):
-                manifest, problems = self._try(id, load)
-                if manifest:
-                    self._last = id
-                    return Checkpoint(self._store, manifest, num_threads=self._num_threads)
-                self._damaged.append(id)
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                self.warnings.append(
-                    f"the checkpoint of {describe([id])} is damaged and was skipped: {problems[0]}{more}; it is kept "
-                    "for inspection"
-                )
-            if chain:
-                raise CheckpointError(
-                    f"no checkpoint of {self._store.uri} is intact, {len(chain)} tried: {'; '.join(self.warnings)}; put "
-                    "the damaged objects back from a copy, or start a new run under another URI"
-                )
-            self._last = None
-            return None
+            restoring = Restoring(self._store, self._worker, load, self._digests, self._num_threads)
+            restoring.damaged.extend(ManifestId(*id) for id in begun["damaged"])
+            # The caller's list, so that what was found stands there even if nothing is intact.
+            restoring.warnings = self.warnings
+            checkpoint = restoring.newest_intact([ManifestId(*id) for id in begun["chain"]])
+            self._damaged = restoring.damaged
+            self._last = checkpoint.manifest.id if checkpoint else None
+            return checkpoint
 
     def begin_attempt(self) -> int:
         """Start the attempt from what `restore` found, and return its number; then `save` may be called. Collective.
@@ -178,11 +152,15 @@ class Checkpointer:
         From here on nothing that an older attempt saves is valid. CheckpointError if another process is still writing.
         """
         assert self._attempt is not None, "restore() comes before begin_attempt(): it says what the attempt starts from"
-        started = self._gather(
+        started = gather(
+            self._worker,
             "begin an attempt",
             lambda: self._of_rank_0("start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged),
         )[0]
-        self._growth = _growth_of(started["growth"])
+        self._growth = Growth.from_json(started["growth"]) if started["growth"] else None
+        if self._worker.rank == 0:
+            # In a thread: training never waits for an answer of the coordinator.
+            threading.Thread(target=self._ask_for_wishes, name="checkpoint-wishes", daemon=True).start()
         return self._attempt
 
     def save(
@@ -206,13 +184,14 @@ class Checkpointer:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         metrics: Mapping[str, float] | None = None,
+        wish: int = 0,
     ) -> None:
         """Take a snapshot, and write it while training goes on. Every rank calls it between the same two steps, when no
         rank `is_saving`.
 
         tables: on every rank its own rows, together each row once; those with a guard may be written again on return,
         under the guard. tensors, state: rank 0's count; the state is JSON, without NaN and infinities. metrics: for
-        retention's `best`.
+        retention's `best`. wish: the number of the wish for a checkpoint that this save fulfils.
         """
         assert self._attempt is not None, "begin_attempt() comes before start_save()"
         assert self._saving is None, "the save before has ended, and its outcome was asked for"
@@ -228,8 +207,21 @@ class Checkpointer:
             # The other ranks wait for what this one says.
             snapshot = error
         stall_s = time.perf_counter() - started_s
+        job = SaveJob(
+            id=id,
+            snapshot=snapshot,
+            since=since,
+            rank=self._worker.rank,
+            world_size=self._worker.world_size,
+            store=self._store,
+            coordinator=self._coordinator,
+            block_rows=self._block_rows,
+            num_threads=self._num_threads,
+            pace=self._pace,
+            about={"digests": self._digests, "versions": self._versions, "wish": wish},
+        )
         self._pace.relax()
-        self._saving = id, stall_s, self._background.submit(self._write_and_agree, id, snapshot, since)
+        self._saving = id, stall_s, self._background.submit(job.run)
 
     @property
     def is_saving(self) -> bool:
@@ -255,146 +247,38 @@ class Checkpointer:
             error = SaveFailedError(f"cannot save step {id.step}: {outcome['error']}")
             error.is_permanent = outcome["permanent"]
             raise error
-        self._last, self._growth = id.manifest, _growth_of(outcome["growth"])
+        self._last, self._growth = id.manifest, Growth.from_json(outcome["growth"])
         self.warnings.extend(outcome["warnings"])
         figures = {name: outcome[name] for name in SaveReport.__dataclass_fields__ if name in outcome}
         return SaveReport(attempt=id.attempt, step=id.step, stall_s=stall_s, **figures)
 
+    @property
     def wishes(self) -> dict[str, Any]:
-        """Return what the coordinator was asked for, see `CoordinatorService.wishes`. Local, quick."""
-        return self._coordinator.call("wishes")
+        """What the coordinator was asked for, see `CoordinatorService.wishes`, a second late; rank 0 alone knows it."""
+        return self._wishes
 
     def close(self) -> None:
         """End: nothing more will be saved. A save that is on its way is not waited for."""
+        self._closing.set()
         self._pace.hurry()
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._own_coordinator is not None:
             self._own_coordinator.close()
 
+    def _ask_for_wishes(self) -> None:
+        while not self._closing.wait(WISH_INTERVAL_S):
+            try:
+                self._wishes = self._coordinator.call("wishes")
+            except OSError:
+                return  # saves say that the coordinator is gone
+
     def _of_rank_0(self, method: str, **arguments: Any) -> Any:
         return self._coordinator.call(method, **arguments) if self._worker.rank == 0 else {}
-
-    def _gather(self, action: str, reply: Callable[[], Any]) -> list[Any]:
-        """Return every rank's reply, or raise the same CheckpointError on every rank if any of them failed."""
-        cause = None
-        try:
-            document = {"reply": reply()}
-        except Exception as error:
-            cause = error
-            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            document = {"error": text, "kind": type(error).__name__}
-        documents = self._worker.all_gather_object(document)
-        failures = [f"rank {rank}: {d['error']}" for rank, d in enumerate(documents) if "error" in d]
-        if failures:
-            kinds = {d.get("kind") for d in documents}
-            special = next((kind for kind in (SupersededError, RunHeldError) if kind.__name__ in kinds), None)
-            if special is not None:
-                raise special(next(d["error"] for d in documents if d.get("kind") == special.__name__)) from cause
-            raise CheckpointError(f"cannot {action}: {'; '.join(failures)}") from cause
-        return [d["reply"] for d in documents]
-
-    def _try(self, id: ManifestId, load: Callable[[Checkpoint], None] | None) -> tuple[Manifest | None, list[str]]:
-        """Return the manifest if everything of it that the ranks read is intact, else None and what is wrong."""
-        found: list[Manifest] = []
-
-        def read() -> list[str]:
-            if load is None:
-                manifest, problems = verify_share(
-                    self._store, id, self._worker.rank, self._worker.world_size, self._num_threads
-                )
-                if manifest:
-                    self._check_digests(manifest)
-            else:
-                manifest, problems = self._load(id, load)
-            if problems and not self._store.exists(id.key):
-                raise CheckpointError(
-                    f"{id.key} in {self._store.uri} was deleted while it was read: another process still writes to "
-                    "this run; stop it and start again"
-                )
-            found.extend([manifest] if manifest else [])
-            return problems
-
-        replies = self._gather(f"read the checkpoint of {describe([id])}", read)
-        problems = list(dict.fromkeys(problem for reply in replies for problem in reply))
-        return (None if problems else found[0]), problems
-
-    def _load(self, id: ManifestId, load: Callable[[Checkpoint], None]) -> tuple[Manifest | None, list[str]]:
-        try:
-            manifest = read_manifest(self._store, id)
-        except (ManifestError, ObjectMissingError) as error:
-            return None, [str(error)]
-        self._check_digests(manifest)
-        try:
-            load(Checkpoint(self._store, manifest, num_threads=self._num_threads))
-        except DamagedObjectError as error:
-            return manifest, [str(error)]
-        return manifest, []
-
-    def _check_digests(self, manifest: Manifest) -> None:
-        differing = [n for n, digest in self._digests.items() if manifest.digests.get(n, digest) != digest]
-        if differing:
-            raise CheckpointError(
-                f"{manifest.id.key} in {self._store.uri} was saved with another {' and '.join(differing)}; put the "
-                "checkpoints of this run back, or start a new run under another URI"
-            )
 
     def _base_for(self, step: int, tables: Mapping[str, RowTable]) -> ManifestId | None:
         """Return the checkpoint that the next save adds to, None if it writes whole tables; the same on all ranks."""
         if not self._incremental or self._last is None or self._growth is None:
             return None
-        known = {name: table for name, table in tables.items() if table.last_step is not None}
+        known = {n: (t.num_rows, t.row_shape, t.dtype) for n, t in tables.items() if t.last_step is not None}
         rows = None if self._rows_per_step is None else (step - self._last.step) * self._rows_per_step
         return self._last if known and self._growth.allows_increment(known, rows) else None
-
-    def _write_and_agree(self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None) -> dict[str, Any]:
-        """Write this rank's part, tell the coordinator until it answers what became of the save, and return that."""
-        try:
-            with phase(Phase.UPLOAD):
-                message = self._write(id, snapshot, since)
-        except Exception as error:
-            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            message = {"error": text, "permanent": not is_transient(error)}
-        with phase(Phase.MANIFEST):
-            return self._agree(id, message)
-
-    def _write(self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None) -> dict[str, Any]:
-        if isinstance(snapshot, Exception):
-            raise snapshot
-        try:
-            part = write_part(
-                self._store,
-                id.prefix,
-                snapshot,
-                since=since,
-                block_rows=self._block_rows,
-                num_threads=self._num_threads,
-                pace=self._pace,
-            )
-        finally:
-            snapshot.release()
-        if self._worker.rank == 0:
-            part |= {"digests": self._digests, "versions": self._versions}
-        return {"part": part}
-
-    def _agree(self, id: SaveId, message: dict[str, Any]) -> dict[str, Any]:
-        place = {"attempt": id.attempt, "step": id.step, "number": id.number}
-        pause_s = _FIRST_POLL_S
-        try:
-            while True:
-                # Said again each time: a coordinator that was started again knows nothing of it.
-                outcome = self._coordinator.call(
-                    "acknowledge", **place, rank=self._worker.rank, world_size=self._worker.world_size, message=message
-                )
-                if outcome["state"] != COLLECTING:
-                    return outcome
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
-        except OSError as error:
-            return {"state": "failed", "error": str(error), "permanent": True}
-
-
-def _growth_of(document: Mapping[str, Any] | None) -> Growth | None:
-    if document is None:
-        return None
-    kinds = {name: (rows, tuple(shape), dtype) for name, (rows, shape, dtype) in document["kinds"].items()}
-    return Growth(**{**document, "kinds": kinds})

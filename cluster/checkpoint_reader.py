@@ -16,7 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.attempts import read_history
-from cluster.manifest import Increment, Manifest, ManifestError, ManifestId, Segment, StoredTable, describe
+from cluster.manifest import (
+    Increment,
+    Manifest,
+    ManifestError,
+    ManifestId,
+    Segment,
+    StoredTable,
+    describe,
+    read_manifest,
+)
 from cluster.row_table import DTYPES, row_view
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import (
@@ -114,10 +123,9 @@ class Checkpoint:
         data = self._read(self.manifest.tensors)
         try:
             return deserialize(data)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DamagedObjectError(
-                f"the checkpoint of {describe([self.manifest.id])} is damaged: object {self.manifest.tensors.key} in "
-                f"{self._store.uri} is no file of tensors, though its checksum fits: {error}"
+                f"object {self.manifest.tensors.key} in {self._store.uri} is not in the safetensors format: {error}"
             ) from error
 
     def _table(self, name: str) -> StoredTable:
@@ -212,14 +220,6 @@ def _in_order(
         while waiting:
             first, future = waiting.popleft()
             yield first, future.result()
-
-
-def read_manifest(store: Store, id: ManifestId) -> Manifest:
-    """Return a manifest. ObjectMissingError, ManifestError or NewerFormatError if there is none to be used."""
-    manifest = Manifest.from_bytes(store.get(id.key), f"{id.key} in {store.uri}")
-    if manifest.id != id:
-        raise ManifestError(f"{id.key} in {store.uri} contradicts itself: it says {describe([manifest.id])}")
-    return manifest
 
 
 def read_latest(store: Store) -> Checkpoint | None:

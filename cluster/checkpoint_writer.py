@@ -1,4 +1,4 @@
-"""One rank's part of a checkpoint: writing its objects, and joining what all ranks wrote into the manifest's tables.
+"""One rank's part of a checkpoint: writing the objects of its snapshot.
 
 Shapes: R rows of this rank, P rows of one piece, X bytes of a row.
 """
@@ -6,14 +6,13 @@ Shapes: R rows of this rank, P rows of one piece, X bytes of a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from cluster.manifest import Increment, Manifest, ManifestError, ManifestId, Segment, StoredTable
+from cluster.manifest import ManifestId
 from cluster.row_guard import FrozenRows
 from cluster.row_table import RowTable
 from cluster.snapshot import Snapshot
@@ -26,10 +25,6 @@ PIECE_BYTES = 8 * 2**20
 """Bytes that are copied while the owner of the rows cannot write."""
 INCREMENT_BYTES = 32 * 2**20
 """Bytes of rows in one increment object, about."""
-MAX_INCREMENT_SHARE = 0.5
-"""Increments of more than this share of the whole tables make a restore slow: a new base is written."""
-MAX_INCREMENTS = 4096
-"""Increment objects of a table before a new base."""
 
 
 def write_part(
@@ -42,7 +37,7 @@ def write_part(
     num_threads: int,
     pace: Pace,
 ) -> dict[str, Any]:
-    """Write a rank's snapshot under `prefix`; return what `join_parts` reads, as JSON.
+    """Write a rank's snapshot under `prefix`; return what `parts.join_parts` reads, as JSON.
 
     since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
     tables. Beside the rows it takes some 128 MiB of memory.
@@ -140,83 +135,3 @@ def _write_increments(
             written.append((about, future))
             block, numbers = bytearray(), []
     return written
-
-
-def join_parts(
-    parts: Sequence[Mapping[str, Any]], previous: Manifest | None
-) -> tuple[dict[str, StoredTable], StoredObject]:
-    """Return the tables and the tensors that the ranks' parts make up, with what increments add to: `previous`.
-
-    ManifestError, naming the table, unless its parts have one shape and hold each row exactly once, or add to the same
-    checkpoint.
-    """
-    bases = {tuple(part["since"]) if part["since"] else None for part in parts}
-    if len(bases) > 1 or bases != {None} and bases != {previous.id if previous else None}:
-        raise ManifestError(
-            f"the ranks' parts add to {', '.join(map(str, bases))}, the checkpoint before is "
-            f"{previous.id if previous else None}"
-        )
-    tables: dict[str, StoredTable] = {}
-    for name in dict.fromkeys(name for part in parts for name in part["tables"]):
-        found = [part["tables"][name] for part in parts if name in part["tables"]]
-        kinds = [(table["num_rows"], table["row_shape"], table["dtype"], "segments" in table) for table in found]
-        if any(kind != kinds[0] for kind in kinds):
-            raise ManifestError(f"table {name!r}: the ranks do not agree on what it is: {kinds}")
-        try:
-            tables[name] = _joined(found, previous.tables.get(name) if previous else None)
-        except ManifestError as error:
-            raise ManifestError(f"table {name!r}: {error}") from error
-    return tables, StoredObject(**parts[0]["tensors"])
-
-
-def _joined(found: Sequence[Mapping[str, Any]], before: StoredTable | None) -> StoredTable:
-    about = {
-        "num_rows": found[0]["num_rows"],
-        "row_shape": tuple(found[0]["row_shape"]),
-        "dtype": found[0]["dtype"],
-    }
-    if "segments" in found[0]:
-        segments = sorted((Segment(**s) for table in found for s in table["segments"]), key=lambda s: s.start)
-        return StoredTable(segments=tuple(segments), **about)
-    if before is None or (before.num_rows, before.row_shape, before.dtype) != tuple(about.values()):
-        raise ManifestError(f"increments to another table than the checkpoint before has: {about}")
-    increments = sorted((Increment(**i) for table in found for i in table["increments"]), key=lambda i: i.start)
-    for first, second in zip(increments, increments[1:], strict=False):
-        if second.start < first.stop:
-            raise ManifestError(f"increments: {first.key} and {second.key} overlap")
-    return StoredTable(segments=before.segments, increments=(*before.increments, *increments), **about)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Growth:
-    """How much increments have added to the whole tables of a checkpoint.
-
-    kinds: (rows, shape of a row, dtype) of each table.
-    """
-
-    segment_bytes: int
-    increment_bytes: int
-    num_increments: int
-    kinds: Mapping[str, tuple[int, tuple[int, ...], str]]
-
-    @classmethod
-    def of(cls, manifest: Manifest) -> Growth:
-        tables = manifest.tables.values()
-        return cls(
-            segment_bytes=sum(segment.num_bytes for table in tables for segment in table.segments),
-            increment_bytes=sum(increment.num_bytes for table in tables for increment in table.increments),
-            num_increments=max((len(table.increments) for table in tables), default=0),
-            kinds={name: (t.num_rows, t.row_shape, t.dtype) for name, t in manifest.tables.items()},
-        )
-
-    def allows_increment(self, tables: Mapping[str, RowTable], rows_written: float | None) -> bool:
-        """Whether the next save may add to this checkpoint; else it stores whole tables, a new base.
-
-        rows_written: at most so many rows of each table were written since, None if nobody knows.
-        """
-        if any(self.kinds.get(name) != (t.num_rows, t.row_shape, t.dtype) for name, t in tables.items()):
-            return False
-        num_rows = max([1, *(table.num_rows for table in tables.values())])
-        expected = 0.0 if rows_written is None else self.segment_bytes * min(1.0, rows_written / num_rows)
-        few = self.num_increments < MAX_INCREMENTS
-        return few and self.increment_bytes + expected <= MAX_INCREMENT_SHARE * self.segment_bytes

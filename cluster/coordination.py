@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -69,14 +70,14 @@ class CoordinatorSpec:
     def start(self) -> CoordinatorService:
         """Return a coordinator at work in this process."""
         store = Store(self.uri)
-        return CoordinatorService(Coordinator(store, retention=self.retention), Lease(store, self.holder))
+        return CoordinatorService(store, Coordinator(store, retention=self.retention), Lease(store, self.holder))
 
 
 class CoordinatorService:
     """A coordinator at work: a thread commits what is complete, another renews the heartbeat. Close it."""
 
-    def __init__(self, coordinator: Coordinator, lease: Lease) -> None:
-        self._coordinator, self._lease = coordinator, lease
+    def __init__(self, store: Store, coordinator: Coordinator, lease: Lease) -> None:
+        self._store, self._coordinator, self._lease = store, coordinator, lease
         self._closing = threading.Event()
         self._arrived = threading.Event()
         self._wanted_saves = 0
@@ -102,13 +103,13 @@ class CoordinatorService:
         self._arrived.set()
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
-        try:
+        with suppress(OSError):  # others find that the heartbeat has stopped
             self._lease.release()
-        except OSError:
-            pass  # others find that the heartbeat has stopped
 
     def begin_attempt(self) -> dict[str, Any]:
-        """Take the run's lease, then `Coordinator.begin_attempt`."""
+        """Take the run's lease, then `Coordinator.begin_attempt`. StoreError where a create can overwrite."""
+        if self._store.protocol not in ("file", "memory"):
+            self._store.require_exclusive_create()
         self._lease.take()
         return self._coordinator.begin_attempt()
 
@@ -119,13 +120,21 @@ class CoordinatorService:
         return state
 
     def want_save(self) -> int:
-        """Ask for a checkpoint as soon as possible: before a machine goes or the group is resized."""
+        """Ask for a checkpoint as soon as possible, before a machine goes or the group is resized; return the number of
+        the wish, see `wishes`.
+        """
         self._wanted_saves += 1
         return self._wanted_saves
 
     def wishes(self) -> dict[str, Any]:
-        """Return {"saves": how often a checkpoint was asked for, "superseded": whether a newer attempt goes on}."""
-        return {"saves": self._wanted_saves, "superseded": self._is_superseded}
+        """Return {"saves": the number of the last wish for a checkpoint, "served": of the last one that is fulfilled,
+        "superseded": whether a newer attempt goes on}.
+        """
+        return {
+            "saves": self._wanted_saves,
+            "served": self._coordinator.last_wish,
+            "superseded": self._is_superseded,
+        }
 
     def _methods(self) -> dict[str, Callable[..., Any]]:
         return {

@@ -25,9 +25,8 @@ from cluster.attempts import (
     require_newest,
     win_number,
 )
-from cluster.checkpoint_reader import read_manifest
-from cluster.checkpoint_writer import Growth, join_parts
-from cluster.manifest import Manifest, ManifestError, ManifestId, visible_chain
+from cluster.manifest import Manifest, ManifestError, ManifestId, read_manifest, visible_chain
+from cluster.parts import Growth, join_parts
 from cluster.patience import is_transient
 from cluster.retention import Retention, plan_removal, remove
 from cluster.store import ObjectMissingError, Store
@@ -159,6 +158,12 @@ class Coordinator:
                 del self._outcomes[old]
         return True
 
+    @property
+    def last_wish(self) -> int:
+        """The highest number of a wish for a checkpoint that a committed save fulfilled."""
+        with self._lock:
+            return max((outcome.get("wish", 0) for outcome in self._outcomes.values()), default=0)
+
     def is_superseded(self) -> bool:
         """Whether a newer attempt than this coordinator's was begun elsewhere."""
         with self._lock:
@@ -224,6 +229,7 @@ class Coordinator:
             "write_s": max(part["write_s"] for part in parts),
             "commit_s": committed_s - started_s,
             "retention_s": time.perf_counter() - committed_s,
+            "wish": parts[0].get("wish", 0),
             "growth": self._growth(),
             "warnings": warnings,
         }
@@ -236,7 +242,7 @@ class Coordinator:
         if self._last is not None and self._last.id == id.manifest and self._is_committed(self._last.save):
             raise ValueError(f"step: {id.step} was saved already")
         try:
-            # Written before this coordinator was started again, or by an earlier save of the step whose answer was lost.
+            # Written before this coordinator was started again, or by a save of this step whose answer was lost.
             return read_manifest(self._store, id.manifest)
         except ObjectMissingError:
             pass

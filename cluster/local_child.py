@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.failures import describe
 from cluster.outbox import Outbox
+from cluster.process_name import set_process_name
 
 # Kinds of messages from a worker process to its supervisor.
 EVENT, RESULT, FAILURE = "event", "result", "failure"
@@ -29,6 +30,7 @@ class LocalTask:
     num_threads: int
     folder: str
     environment: dict[str, str]
+    has_coordinator: bool = False
 
 
 def run_worker(task: LocalTask, connection: Connection) -> None:
@@ -38,6 +40,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the supervisor decides
     threading.Thread(target=_die_with_parent, args=(task.folder,), name="die-with-parent", daemon=True).start()
+    set_process_name(f"rank-{task.rank}")
     os.environ.clear()
     os.environ.update(task.environment)
     outbox = Outbox()
@@ -56,6 +59,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
 def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
     import torch  # only now: OpenMP reads its environment once, when torch is loaded
 
+    from cluster.local_coordinator import LocalCoordination
     from cluster.process_group import close_groups, device_of, open_groups
     from cluster.worker import Worker
 
@@ -73,6 +77,7 @@ def _run(task: LocalTask, outbox: Outbox, connection: Connection) -> Any:
         send_event=outbox.put,
         poll_stop=connection.poll,
         control_group=control_group,
+        coordinator=LocalCoordination(task.folder) if task.has_coordinator else None,
     )
     result = fn(worker, *args)
     if control_group is not None:

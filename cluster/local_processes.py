@@ -19,13 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from cluster.coordination import CoordinatorSpec
 from cluster.environment import environment
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
 from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
+from cluster.local_coordinator import LocalCoordinator
 from cluster.process_group import thread_environment
 
 POLL_INTERVAL_S = 0.1
@@ -88,6 +90,7 @@ def run_processes(
     interrupts: Interrupts,
     on_event: Callable[[dict[str, Any]], None] | None,
     preload: Sequence[str] = (),
+    coordinator: CoordinatorSpec | None = None,
 ) -> list[Any]:
     """Run `fn(worker, *args)` in `num_workers` processes; see `cluster.worker.run_local`."""
 
@@ -98,7 +101,11 @@ def run_processes(
     call = _pickled_call(fn, args)
     folder = tempfile.mkdtemp(prefix="npid-")
     workers: list[LocalProcess] = []
+    supervised = LocalCoordinator(coordinator, folder, _context(preload)) if coordinator else None
     try:
+        if supervised is not None:
+            with _helper_environment():
+                supervised.start()
         for rank in range(num_workers):
             task = LocalTask(
                 call=call,
@@ -107,12 +114,15 @@ def run_processes(
                 num_threads=num_threads,
                 folder=folder,
                 environment={**os.environ, **thread_environment(num_threads), "GLOO_SOCKET_IFNAME": "lo"},
+                has_coordinator=coordinator is not None,
             )
             workers.append(_start(task, preload))
-        _supervise(workers, interrupts, handle_event)
+        _supervise(workers, interrupts, handle_event, supervised)
         return [pickle.loads(worker.result or b"") for worker in workers]
     finally:
         _end_all(workers)
+        if supervised is not None:
+            supervised.end()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -128,14 +138,19 @@ def _pickled_call(fn: Callable[..., Any], args: tuple) -> bytes:
 
 
 def _start(task: LocalTask, preload: Sequence[str]) -> LocalProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", *preload])
+    context = _context(preload)
     ours, theirs = context.Pipe()
     process = context.Process(target=run_worker, args=(task, theirs), name=f"rank-{task.rank}")
     with _helper_environment():
         process.start()
     theirs.close()
     return LocalProcess(task.rank, process, ours)
+
+
+def _context(preload: Sequence[str]) -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", *preload])
+    return context
 
 
 @contextlib.contextmanager
@@ -149,11 +164,19 @@ def _helper_environment() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _supervise(workers: list[LocalProcess], interrupts: Interrupts, on_event: Callable[[str], None]) -> None:
+def _supervise(
+    workers: list[LocalProcess],
+    interrupts: Interrupts,
+    on_event: Callable[[str], None],
+    coordinator: LocalCoordinator | None,
+) -> None:
     """Return when every rank has a result; raise the cause as soon as one fails."""
     stop_sent = False
     while not all(worker.result is not None and worker.ended for worker in workers):
         wait([ready for worker in workers for ready in worker.waitables()], POLL_INTERVAL_S)
+        if coordinator is not None:
+            with _helper_environment():
+                coordinator.start_again_if_dead()
         for worker in workers:
             worker.receive(on_event)
         if any(worker.failed for worker in workers):

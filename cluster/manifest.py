@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from cluster.row_table import DTYPES, row_bytes
-from cluster.store import check_key
+from cluster.store import Store, check_key
 from cluster.stored_object import StoredObject
 
 FORMAT = 2
 """1: tables of segments only. 2: increments, digests, metrics and the number of the save."""
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
+"""Dtypes of tables, and the bytes of a number of each."""
 INDEX_DTYPES = {"int32": 4, "int64": 8}
 _KEY = re.compile(r"manifests/(\d{6,})-(\d{12,})\.json")
 
@@ -89,8 +90,8 @@ class StoredTable:
     increments: tuple[Increment, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ManifestError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.dtype not in ITEM_BYTES:
+            raise ManifestError(f"dtype: found {self.dtype!r}, expected one of {', '.join(ITEM_BYTES)}")
         place = 0
         for segment in self.segments:
             if segment.start != place or segment.stop <= place:
@@ -136,8 +137,8 @@ class Manifest:
     """What a checkpoint consists of.
 
     parent: the checkpoint before it, None for the first. save: the number of the save within the attempt.
-    created: UTC, ISO 8601. versions: of Python, libraries and the code. digests: of what the run must still have when it
-    goes on, by name. metrics: what `Retention.best` may choose by. tensors: the safetensors object of model and
+    created: UTC, ISO 8601. versions: of Python, libraries and the code. digests: of what the run must still have when
+    it goes on, by name. metrics: what `Retention.best` may choose by. tensors: the safetensors object of model and
     optimizer. state: any JSON object, kept bit for bit.
     """
 
@@ -231,6 +232,19 @@ def _table(
         row_shape=tuple(row_shape),
         **rest,
     )
+
+
+def read_manifest(store: Store, id: ManifestId) -> Manifest:
+    """Return a manifest. ObjectMissingError, ManifestError or NewerFormatError if there is none to be used."""
+    manifest = Manifest.from_bytes(store.get(id.key), f"{id.key} in {store.uri}")
+    if manifest.id != id:
+        raise ManifestError(f"{id.key} in {store.uri} contradicts itself: it says {describe([manifest.id])}")
+    return manifest
+
+
+def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
+    """Return the bytes of one row; dtype is one of `ITEM_BYTES`."""
+    return math.prod(row_shape) * ITEM_BYTES[dtype]
 
 
 def encode_document(document: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,9 @@ from typing import Any
 import ray
 from ray.cloudpickle import cloudpickle
 
+from cluster.coordination import CoordinatorSpec
 from cluster.interrupts import Interrupts
+from cluster.ray_coordinator import close_coordinator, start_coordinator
 from cluster.ray_mailbox import start_mailbox
 from cluster.ray_session import RayClusterError, ray_session
 
@@ -25,6 +27,7 @@ def run_on_ray(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     threads_per_worker: int | None = None,
     quiet: bool = True,
+    coordinator: CoordinatorSpec | None = None,
 ) -> Any:
     """Run `fn(worker, *args)` on `num_workers` Ray Train workers and return rank 0's result.
 
@@ -36,6 +39,8 @@ def run_on_ray(
         on_event: called here, a fraction of a second late, with what rank 0 gives to `Worker.emit`.
         threads_per_worker: default: the worker machine's usable cores, divided among its workers.
         quiet: print nothing of Ray's.
+        coordinator: of the checkpoints of a run: an actor beside the driver for the time of the call, which Ray starts
+            again if it dies. Workers call it through `Worker.coordinator`.
 
     Ctrl-C as in `cluster.worker.run_local`: the first asks the workers to return, the second ends them.
 
@@ -56,5 +61,10 @@ def run_on_ray(
         if use_gpu is None:
             use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
         import_path = tuple(sys.path) if is_private else ()
-        task = RayTask(cloudpickle.dumps((fn, args)), mailbox, threads_per_worker, use_gpu, import_path)
-        return start_run(task, num_workers, is_private, interrupts, on_event)
+        actor = start_coordinator(coordinator) if coordinator else None
+        task = RayTask(cloudpickle.dumps((fn, args)), mailbox, threads_per_worker, use_gpu, actor, import_path)
+        try:
+            return start_run(task, num_workers, is_private, interrupts, on_event)
+        finally:
+            if actor is not None:
+                close_coordinator(actor)

@@ -18,6 +18,7 @@ from ray.train.backend import Backend, BackendConfig
 
 from cluster.failures import describe
 from cluster.process_group import COLLECTIVE_TIMEOUT_S, close_groups, open_groups, thread_environment
+from cluster.ray_coordinator import RayCoordination
 from cluster.ray_mailbox import StopFlag
 from cluster.worker import Worker, threads_for
 
@@ -38,6 +39,8 @@ class RayTask:
     mailbox: Any
     threads_per_worker: int | None
     use_gpu: bool
+    coordinator: Any = None
+    """The handle of the coordinator's actor, where the driver started one."""
     import_path: tuple[str, ...] = ()
     """The driver's sys.path where it holds for the workers, too: on a private Ray."""
 
@@ -72,6 +75,7 @@ class RayTask:
             send_event=self.mailbox.put.remote,
             poll_stop=StopFlag(self.mailbox).poll,
             control_group=control_group,
+            coordinator=RayCoordination(self.coordinator) if self.coordinator is not None else None,
         )
         sys.path.extend(folder for folder in self.import_path if folder not in sys.path)
         fn, args = cloudpickle.loads(self.call)

@@ -1,7 +1,7 @@
 """Rows as they were at one moment, read piece by piece while their owner goes on writing them.
 
-A snapshot copies nothing when it is taken. The owner saves the old values of the rows that it is about to write, as long
-as they have not been read (copy on write); whoever reads gets the live rows, patched with those values.
+A snapshot copies nothing when it is taken. The owner saves the old values of the rows that it is about to write, as
+long as they have not been read (copy on write); whoever reads gets the live rows, patched with those values.
 
 Shapes: R rows of this rank, U rows of one write, P rows of one piece.
 """
@@ -58,7 +58,7 @@ class RowGuard:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep the owner from writing. An owner that waits goes first: locks are not fair, and training must not wait."""
+        """Keep the owner from writing. An owner that waits goes first: locks are not fair."""
         while self._writer_waits:
             time.sleep(_YIELD_S)
         with self._lock:

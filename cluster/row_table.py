@@ -9,22 +9,21 @@ Shapes: R rows of this rank, X bytes of a row; the rest of the shape is that of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.manifest import ITEM_BYTES, row_bytes
+
 if TYPE_CHECKING:
     from cluster.row_guard import RowGuard
 
 BLOCK_BYTES = 64 * 2**20
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8)
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ class RowTable:
         return block_ranges(self.start, self.stop, block_rows or max(1, BLOCK_BYTES // self.row_bytes))
 
 
-def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
-    """Return the bytes of one row; dtype is one of `DTYPES`."""
-    return prod(row_shape) * DTYPES[dtype].itemsize
-
-
 def block_ranges(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
     """Cut [start, stop) at the multiples of `block_rows`."""
     first, last = start // block_rows, -(-stop // block_rows)
@@ -101,7 +95,6 @@ def row_view(rows: Tensor) -> np.ndarray:
     """Return a host tensor's rows as bytes (R, X), without a copy. ValueError if they do not lie side by side."""
     if not rows.is_contiguous():
         raise ValueError(f"rows: found strides {rows.stride()}, expected rows that lie side by side in memory")
-    num_numbers = prod(rows.shape[1:])
     if len(rows) == 0:
-        return np.empty((0, num_numbers * rows.itemsize), np.uint8)
-    return rows.detach().reshape(len(rows), num_numbers).view(torch.uint8).numpy()
+        return np.empty((0, math.prod(rows.shape[1:]) * rows.itemsize), np.uint8)
+    return rows.detach().reshape(len(rows), -1).view(torch.uint8).numpy()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from cluster.coordination import Coordination, CoordinatorSpec
 from cluster.failures import WorkerDied, WorkerError
 from cluster.interrupts import Interrupts
 from cluster.local_processes import run_processes
@@ -52,6 +53,8 @@ class Worker:
     """Says without waiting whether the driver was asked to stop."""
     control_group: dist.ProcessGroup | None = field(default=None, repr=False)
     """A gloo group for `all_gather_object` alone; None if `world_size` is 1."""
+    coordinator: Coordination | None = field(default=None, repr=False)
+    """The way to the coordinator of the run's checkpoints, where the driver started one."""
 
     def emit(self, event: dict[str, Any]) -> None:
         """Send a small JSON-able dict to the driver's `on_event` without waiting; ranks other than 0 send nothing.
@@ -107,6 +110,7 @@ def run_local(
     on_event: OnEvent | None = None,
     threads_per_worker: int | None = None,
     preload: Sequence[str] = (),
+    coordinator: CoordinatorSpec | None = None,
 ) -> list[Any]:
     """Run `fn(worker, *args)` on `num_workers` workers on this machine and return the results by rank.
 
@@ -118,6 +122,8 @@ def run_local(
         threads_per_worker: default: this process's usable cores, divided among the workers.
         preload: modules that the processes would import anyway; they are imported once for all of them (at the first
             call in this process). Importing them must start no threads.
+        coordinator: of the checkpoints of a run: it is started for the time of the call, in a process of its own where
+            there are worker processes, and again if it dies. Workers call it through `Worker.coordinator`.
 
     Ctrl-C (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can save its work and
     return; the second ends the workers at once with KeyboardInterrupt.
@@ -132,12 +138,17 @@ def run_local(
     num_threads = threads_for(num_workers, threads_per_worker)
     with Interrupts() as interrupts:
         if num_workers == 0:
-            return [_run_here(fn, args, interrupts, on_event, num_threads)]
-        return run_processes(fn, args, num_workers, num_threads, interrupts, on_event, preload)
+            return [_run_here(fn, args, interrupts, on_event, num_threads, coordinator)]
+        return run_processes(fn, args, num_workers, num_threads, interrupts, on_event, preload, coordinator)
 
 
 def _run_here(
-    fn: Callable[..., Any], args: tuple, interrupts: Interrupts, on_event: OnEvent | None, num_threads: int
+    fn: Callable[..., Any],
+    args: tuple,
+    interrupts: Interrupts,
+    on_event: OnEvent | None,
+    num_threads: int,
+    coordinator: CoordinatorSpec | None,
 ) -> Any:
     import torch
 
@@ -149,13 +160,17 @@ def _run_here(
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
+    service = coordinator.start() if coordinator else None
     try:
         worker = Worker(
             device=device_of(0, 1),
             num_threads=num_threads,
             send_event=send_event,
             poll_stop=lambda: interrupts.requested,
+            coordinator=service,
         )
         return fn(worker, *args)
     finally:
+        if service is not None:
+            service.close()
         torch.set_num_threads(threads_before)

@@ -6,6 +6,7 @@ Neither of the two imports torch or Ray, so that commands which only look at a r
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,12 @@ MAY_CHANGE_ON_RESUME = frozenset(
                                                       ("system", SystemConfig)) for f in dataclasses.fields(kind)),
     }
 ) - {"system.precision"}  # fmt: skip
+
+
+def lasting_digest(config: TrainConfig) -> str:
+    """Return a digest of the fields that may not change when a run goes on, SHA-256 (hex)."""
+    lasting = {name: value for name, value in flatten(config).items() if name not in MAY_CHANGE_ON_RESUME}
+    return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

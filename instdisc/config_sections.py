@@ -19,6 +19,7 @@ HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
 BANK_DTYPES = ("float32", "float16", "bfloat16")
 BANK_DEVICES = ("auto", "cpu", "mapped")
+OVERLAPS = ("skip", "wait")
 DENOMINATORS = ("standard", "decoupled", "debiased")
 MIN_SUM_TEMPERATURE = 0.025
 SPLITS = tuple(SPLIT_NAMES)
@@ -336,14 +337,28 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save."""
+    """When to save, how, and what is kept. A save is taken between two steps and written while training goes on."""
 
     every_steps: int | None = None
     """Save every so many steps."""
     every_minutes: float | None = 10.0
     """Save when so many minutes have passed since the last save."""
+    max_cost: float | None = None
+    """Save as often as this share of the training time allows, such as 0.03: the time that training waits for saves,
+    and is slower beside them, is measured. Takes the place of `every_minutes`."""
+    overlap: str = "skip"
+    """What happens where a save is due while the one before is still being written: "skip" it, or "wait"."""
+    bandwidth_share: float = 0.5
+    """Share of the time for which each of a worker's upload threads sends, the rest of the link is training's; at the
+    end of a run, and where a stop was asked for, they send all the time."""
+    incremental: bool = True
+    """Between whole copies of the memory bank save only the rows written since the save before."""
     keep_last: int = 3
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_every_steps: int | None = None
+    """Keep the first checkpoint at or after each multiple of so many steps as well."""
+    keep_best: str | None = None
+    """Keep the checkpoint with the highest value of this metric as well, such as "knn_top1"."""
 
     def __post_init__(self) -> None:
         check(
@@ -355,7 +370,16 @@ class CheckpointConfig:
                 self.every_minutes is None or self.every_minutes > 0,
                 "more than 0, or none",
             ),
+            ("max_cost", self.max_cost, self.max_cost is None or 0 < self.max_cost < 1, "0 < share < 1, or none"),
+            ("overlap", self.overlap, self.overlap in OVERLAPS, f"one of {', '.join(OVERLAPS)}"),
+            ("bandwidth_share", self.bandwidth_share, 0 < self.bandwidth_share <= 1, "0 < share <= 1"),
             ("keep_last", self.keep_last, self.keep_last >= 1, "at least 1"),
+            (
+                "keep_every_steps",
+                self.keep_every_steps,
+                self.keep_every_steps is None or self.keep_every_steps >= 1,
+                "at least 1, or none",
+            ),
         )
 
 

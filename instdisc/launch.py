@@ -76,14 +76,19 @@ def _launch(
 ) -> dict[str, Any]:
     if on_event:
         on_event({"kind": "phase", "text": _starting(workers, launcher, address)})
+    coordinator = Run(uri).coordinator(config)
     if workers == 0 or launcher == "local":
         from cluster.worker import run_local
 
         preload = ("instdisc.train.loop",)
-        return run_local(train_worker, workers, config.to_json(), uri, on_event=on_event, preload=preload)[0]
+        return run_local(
+            train_worker, workers, config.to_json(), uri, on_event=on_event, preload=preload, coordinator=coordinator
+        )[0]
     from cluster.ray_trainer import run_on_ray
 
-    return run_on_ray(train_worker, workers, config.to_json(), uri, address=address, on_event=on_event)
+    return run_on_ray(
+        train_worker, workers, config.to_json(), uri, address=address, on_event=on_event, coordinator=coordinator
+    )
 
 
 def _starting(workers: int, launcher: str, address: str | None) -> str:

@@ -29,6 +29,7 @@ from cluster.collectives import (
     start_all_gather_rows,
     world_size,
 )
+from cluster.row_guard import RowGuard
 from instdisc.bank_storage import allocate, fill_with_start_rows
 from instdisc.bank_update import PendingUpdate, Update
 from instdisc.negatives import negative_indices
@@ -97,6 +98,8 @@ class ShardedMemoryBank:
         self.rows = self._shard.rows
         fill_with_start_rows(self.rows, seed, self.start)
         self.last_step = torch.full((self.stop - self.start,), NEVER, dtype=torch.int32, device=device)
+        self.guard = RowGuard()
+        """Held while rows are written, so that a checkpoint can be read meanwhile."""
         self.num_written = torch.zeros((), dtype=torch.int64, device=device)
         self.non_finite_step = torch.full((), NEVER, dtype=torch.int64, device=self.work_device)
         self.all_same_step = torch.full((), NEVER, dtype=torch.int64, device=self.work_device)
@@ -216,16 +219,15 @@ class ShardedMemoryBank:
         low, high = np.searchsorted(rows, (self.start, self.stop))
         local_U = torch.from_numpy(rows[low:high] - self.start).to(self.device, non_blocking=True)
         written_UD, accepted_U = update.applied_to(self.rows.index_select(0, local_U), places[low:high])
-        self.rows.index_copy_(0, local_U, written_UD)
         old_U = self.last_step.index_select(0, local_U)
-        self.last_step.index_copy_(0, local_U, torch.where(accepted_U, torch.full_like(old_U, update.step), old_U))
+        with self.guard.writing(rows[low:high] - self.start):
+            self.rows.index_copy_(0, local_U, written_UD)
+            self.last_step.index_copy_(0, local_U, torch.where(accepted_U, torch.full_like(old_U, update.step), old_U))
         self.num_written += (accepted_U & (old_U == NEVER)).sum()
 
     @torch.no_grad()
-    def restore(self, rows_RD: Tensor, last_step_R: Tensor) -> None:
-        """Take over the owned rows and their last-written steps, as a checkpoint has them."""
-        self.rows.copy_(rows_RD)
-        self.last_step.copy_(last_step_R)
+    def recount_written(self) -> None:
+        """Count the written rows anew, after `rows` and `last_step` were filled from a checkpoint."""
         self.num_written.copy_((self.last_step != NEVER).sum())
 
     def _copied(self, own_X: Tensor) -> Tensor:

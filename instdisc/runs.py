@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.coordination import CoordinatorSpec
+from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
 from instdisc.config import TrainConfig, resume_differences
@@ -73,6 +75,12 @@ class Run:
     def checkpoints(self) -> Store:
         """Return the store of the run's checkpoints."""
         return Store(self.uri.rstrip("/") + "/checkpoints")
+
+    def coordinator(self, config: TrainConfig) -> CoordinatorSpec:
+        """Return what the coordinator of the run's checkpoints is started with."""
+        kept = config.checkpoint
+        retention = Retention(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
+        return CoordinatorSpec(uri=self.checkpoints().uri, retention=retention)
 
     def config(self) -> TrainConfig | None:
         """Return the stored configuration, None before the first start."""

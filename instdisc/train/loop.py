@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from cluster.checkpoint import Checkpointer
+from cluster.phase import Phase, enter
 from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
@@ -23,6 +23,7 @@ from instdisc.train.metrics import check_collapse, check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
 from instdisc.train.plan import BatchPlan
+from instdisc.train.saves import Saves
 from instdisc.train.state import TrainState, build_state
 from instdisc.train.step import Stepper
 
@@ -69,7 +70,7 @@ class Training:
             worker,
             make_order(train_set, order, seed=config.seed, global_batch=config.optim.global_batch),
         )
-        self.checkpointer = Checkpointer(run.checkpoints(), worker=worker, keep_last=config.checkpoint.keep_last)
+        self.saves = Saves(worker, config, run, train_set.index.digest)
         self.evaluator = KnnEvaluator(train_set, test_set, config, worker) if test_set is not None else None
         self.loader: Loader = make_loader(
             train_set,
@@ -99,6 +100,7 @@ class Training:
         if self.state.step == 0 and self.config.eval.baselines:
             self._baselines()
         self.monitor.start(self.state.step)
+        self.saves.start(self.state.step)
         self._next_look = self.state.step + 1
         batches = self.loader.batches(self.state.step)
         while self.state.step < self.num_steps:
@@ -106,38 +108,30 @@ class Training:
                 batch = next(batches)
             self.monitor.show_batch(batch)
             self.stepper.step(batch)
+            enter(Phase.STEP, self.state.step)
             if self._has_appointment() and self._look():
                 return self._result(finished=False)
         evaluation = self._evaluate()
-        self._save()
+        self._save_now()
         self._finish(evaluation)
         return self._result(finished=True)
 
     def close(self) -> None:
         """Free the data pipeline and close the event files."""
         self.loader.close()
+        self.saves.close()
         self.monitor.close()
 
     def _restore(self) -> None:
-        checkpoint = self.checkpointer.restore()
-        for warning in self.checkpointer.warnings:
-            self.worker.emit({"kind": "message", "text": f"warning: {warning}", "keep": True})
-        if checkpoint is not None:
-            self.state.load(checkpoint)
+        if self.saves.restore(self.state):
             text = f"continuing from the checkpoint of step {self.state.step:,} of {self.num_steps:,}"
             self.worker.emit({"kind": "message", "text": text, "keep": True})
-        self.checkpointer.begin_attempt()
         self.monitor.open_events(self.state.step)
 
     def _has_appointment(self) -> bool:
         """Whether all ranks meet after this step: to read the metrics, to evaluate, to save."""
-        step, every = self.state.step, self.config.checkpoint.every_steps
-        return (
-            step >= self._next_look
-            or step == self.num_steps
-            or self._evaluation_due()
-            or (every is not None and step % every == 0)
-        )
+        step = self.state.step
+        return step >= self._next_look or step == self.num_steps or self._evaluation_due() or self.saves.is_due_at(step)
 
     def _evaluation_due(self) -> bool:
         """Whether a multiple of `eval.every_epochs` was passed in this step; the last step has its own evaluation."""
@@ -149,7 +143,7 @@ class Training:
 
     def _look(self) -> bool:
         """Read the metrics, evaluate and save what is due; return whether to stop. Collective."""
-        step, every = self.state.step, self.config.checkpoint.every_steps
+        step = self.state.step
         self.stepper.settle()
         shares = self.stepper.sums.read()
         read = {
@@ -162,7 +156,7 @@ class Training:
             # Clocks and signals differ between ranks: those of rank 0 count.
             "steps_to_next_look": self.monitor.steps_in(LOOK_S, step),
             "stop": self.worker.stop_requested(),
-            "save": self.monitor.minutes_since_save() >= (self.config.checkpoint.every_minutes or math.inf),
+            "saves": self.saves.look(step),
         }
         self._told_bad += len(read["bad_rows"])
         by_rank = self.worker.all_gather_object(read)
@@ -174,13 +168,16 @@ class Training:
         self.monitor.show(
             self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows), len(self.bad_images)
         )
+        self.monitor.saved(self.saves.ended([read["saves"] for read in by_rank]))
         if self._evaluation_due():
             self._evaluate()
+            self.saves.pause()
         stop = by_rank[0]["stop"] and step < self.num_steps
         if stop:
             self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
-        if step < self.num_steps and (stop or by_rank[0]["save"] or (every is not None and step % every == 0)):
-            self._save()
+            self._save_now()
+        elif step < self.num_steps:
+            self.monitor.saved(self.saves.save_if_due(self.state, [read["saves"] for read in by_rank]))
         return stop
 
     def _report_bad_images(self, by_rank: Sequence[dict[str, Any]]) -> None:
@@ -195,7 +192,7 @@ class Training:
                 self.bad_images.check()
             except DatasetError:
                 if by_rank:
-                    self._save()  # whoever allows a larger share goes on from here
+                    self._save_now()  # whoever allows a larger share goes on from here
                 raise
 
     def _baselines(self) -> None:
@@ -218,11 +215,8 @@ class Training:
         self.monitor.show_evaluation(self.state, evaluation, self.train_set, self.test_set)
         return evaluation
 
-    def _save(self) -> None:
-        report = self.checkpointer.save(
-            self.state.step, self.state.tables(), self.state.tensors(), self.state.numbers()
-        )
-        self.monitor.saved(report)
+    def _save_now(self) -> None:
+        self.monitor.saved(self.saves.save_now(self.state))
 
     def _finish(self, evaluation: Evaluation | None) -> None:
         if self.worker.rank != 0:

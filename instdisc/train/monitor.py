@@ -42,7 +42,7 @@ class Monitor:
         self._worker, self._config, self._run = worker, config, run
         self._num_steps, self._num_rows = num_steps, num_rows
         self._events: EventWriter | None = None
-        self._started_s = self._look_s = self._saved_s = time.monotonic()
+        self._started_s = self._look_s = time.monotonic()
         self._waited_s = 0.0
         self._first_step = self.last_look = 0
         self._advised = self._batch_shown = self._told_bad = False
@@ -52,7 +52,7 @@ class Monitor:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
         folder = self._run.folder
         if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
-            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1, on_failure=self._warn)
+            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1, on_failure=self.warn)
             self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
 
     def announce(self, state: TrainState, plan: BatchPlan) -> None:
@@ -75,7 +75,7 @@ class Monitor:
 
     def start(self, step: int) -> None:
         """Start the clocks: the first step is about to begin."""
-        self._started_s = self._look_s = self._saved_s = time.monotonic()
+        self._started_s = self._look_s = time.monotonic()
         self._first_step = self.last_look = step
 
     @contextmanager
@@ -92,10 +92,6 @@ class Monitor:
     def steps_in(self, seconds: float, step: int) -> int:
         """Return how many steps fit into a time at the speed since the last look; `step` were made in all."""
         return int(seconds * (step - self.last_look) / max(1e-9, time.monotonic() - self._look_s))
-
-    def minutes_since_save(self) -> float:
-        """Return the minutes since the last save."""
-        return (time.monotonic() - self._saved_s) / 60
 
     def show_batch(self, batch: Batch) -> None:
         """Write the first batch's images, as the encoder sees them, to TensorBoard."""
@@ -160,7 +156,7 @@ class Monitor:
             kind = re.sub(r"[\d.,+-]+", "", text)
             if kind not in self._told_health:  # once, whatever the rank, the step and the figures
                 self._told_health.add(kind)
-                self._warn(text)
+                self.warn(text)
 
     def show_evaluation(
         self, state: TrainState, evaluation: Evaluation, train_set: Dataset, test_set: Dataset | None
@@ -179,11 +175,15 @@ class Monitor:
             self._events.knn(state.step, evaluation.scores)
             self._events.neighbours(state.step, train_set, test_set, evaluation.neighbours)
 
-    def saved(self, report: SaveReport) -> None:
-        """Take note of a save."""
-        self._saved_s = time.monotonic()
-        if self._events is not None:
-            self._events.scalars(report.step, {"checkpoint/write_s": report.write_s})
+    def saved(self, report: SaveReport | None) -> None:
+        """Show what a committed save took, if one was committed."""
+        if self._events is not None and report is not None:
+            values = {
+                "checkpoint/stall_s": report.snapshot_s,
+                "checkpoint/write_s": report.write_s,
+                "checkpoint/megabytes": report.num_bytes / 1e6,
+            }
+            self._events.scalars(report.step, values)
 
     def summary(self) -> dict[str, Any]:
         """Return what a finished run keeps about how it ran."""
@@ -207,15 +207,16 @@ class Monitor:
         advice = log_z_advice(float(state.normalizer.log_z), float(state.normalizer.running_log_z))
         if advice:
             self._advised = True
-            self._warn(advice)
+            self.warn(advice)
 
     def tell_bad_images(self, num_bad: int) -> None:
         """Tell of damaged images, once; the report has the rest."""
         if not self._told_bad:
             self._told_bad = True
-            self._warn(f"{num_bad:,} damaged image(s) so far are replaced in training; {BAD_IMAGES} names them")
+            self.warn(f"{num_bad:,} damaged image(s) so far are replaced in training; {BAD_IMAGES} names them")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
+        """Tell something that a person should know, beside the progress line."""
         self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})
 
     def _write_events(

@@ -45,26 +45,30 @@ class TrainState:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what every rank has alike: weights, BatchNorm buffers and momenta, by name."""
+        """Return what every rank has alike: weights, BatchNorm buffers and momenta, by name; no copies."""
         tensors = {f"model.{name}": value for name, value in self.encoder.state_dict().items()}
         for name, parameter in self.encoder.named_parameters():
             momentum = self.optimizer.state[parameter].get("momentum_buffer")
             if momentum is not None:
                 tensors[f"optimizer.momentum.{name}"] = momentum
-        return {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+        return {name: value.detach() for name, value in tensors.items()}
 
     def tables(self) -> dict[str, RowTable]:
-        """Return the row tables of which this rank owns a part."""
+        """Return the row tables of which this rank owns a part; no copies."""
         bank = self.bank
         return {
-            "bank": RowTable(bank.num_rows, bank.start, bank.rows.cpu()),
-            "bank_last_step": RowTable(bank.num_rows, bank.start, bank.last_step.cpu()),
+            "bank": RowTable(bank.num_rows, bank.start, bank.rows, bank.last_step, bank.guard),
+            "bank_last_step": RowTable(bank.num_rows, bank.start, bank.last_step, bank.last_step, bank.guard),
         }
 
     def numbers(self) -> dict[str, Any]:
         """Return the rest as JSON-able values."""
         curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
         return {"step": self.step, "normalizer": self.normalizer.state_dict(), "curves": curves}
+
+    def metrics(self) -> dict[str, float]:
+        """Return the last value of each curve."""
+        return {name: curve[-1][1] for name, curve in self.curves.items() if curve}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any number of workers: each rank reads the rows that it owns."""
@@ -79,9 +83,9 @@ class TrainState:
                 # In the parameter's own layout (channels last): fused SGD goes over both memories side by side.
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
         bank = self.bank
-        bank.restore(
-            checkpoint.rows("bank", bank.start, bank.stop), checkpoint.rows("bank_last_step", bank.start, bank.stop)
-        )
+        checkpoint.read_rows("bank", bank.start, bank.rows)
+        checkpoint.read_rows("bank_last_step", bank.start, bank.last_step)
+        bank.recount_written()
         self.step = checkpoint.state["step"]
         self.normalizer.load_state_dict(checkpoint.state["normalizer"])
         self.curves = {name: [(s, v) for s, v in curve] for name, curve in checkpoint.state["curves"].items()}

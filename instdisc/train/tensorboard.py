@@ -44,7 +44,9 @@ TAGS: dict[str, str] = {
     "knn/top1_reencoded": "weighted kNN accuracy in percent, training images encoded by the present encoder",
     "knn/top1_bank": "weighted kNN accuracy in percent, training images as the memory bank has them",
     "knn/neighbours": "test images and their nearest training images",
-    "checkpoint/write_s": "seconds from the snapshot of a checkpoint to its manifest",
+    "checkpoint/stall_s": "seconds that training waited for the snapshot of a checkpoint, the slowest rank's",
+    "checkpoint/write_s": "seconds from the snapshot of a checkpoint to its last object, beside training",
+    "checkpoint/megabytes": "written for a checkpoint: the whole memory bank, or what changed of it",
     "about": "what each tag means",
     "config": "the configuration of the run",
 }

@@ -1,4 +1,4 @@
-"""Hand-written stand-ins for the tests of checkpoints: a worker group, a coordinator without threads, stores that fail."""
+"""Hand-written stand-ins for the tests of checkpoints: a worker group, an in-line coordinator, stores that fail."""
 
 from __future__ import annotations
 

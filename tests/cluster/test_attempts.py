@@ -141,7 +141,7 @@ def test_records_that_vanished_are_not_taken_for_a_run_with_less(uri, steps, mis
     manifests = Store(uri).list("manifests/")
     with pytest.raises(CheckpointError, match=text):
         read_latest(Store(uri))
-    with pytest.raises(CheckpointError, match="no record of that attempt|cannot be used"):
+    with pytest.raises(CheckpointError, match=r"no record of that attempt|cannot be used"):
         start(Store(uri))
     assert Store(uri).list("manifests/") == manifests
 
@@ -152,7 +152,7 @@ def test_a_run_whose_records_vanish_while_it_trains_says_so_at_the_next_save(uri
     records = {key: Store(uri).get(key) for key in Store(uri).list("attempts/")}
     for key in records:
         Store(uri).delete(key)
-    with pytest.raises(CheckpointError, match="no record of attempt 1, which is running: .* put attempts/ back"):
+    with pytest.raises(CheckpointError, match=r"no record of attempt 1, which is running: .* put attempts/ back"):
         save(checkpointer, ThreadWorker(), 20)
     for key, record in records.items():
         Store(uri).put(key, record)

@@ -1,4 +1,4 @@
-"""Whatever becomes of stored bytes: damage is named, the checkpoint before is used, the damaged one kept for inspection."""
+"""Whatever becomes of stored bytes: damage is named, the checkpoint before is used, the damaged one is kept."""
 
 from __future__ import annotations
 

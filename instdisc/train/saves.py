@@ -1,0 +1,146 @@
+"""The checkpoints of a run as its loop sees them: when one is due, what became of it, what a failure means.
+
+Ranks decide alike because they decide from what all of them said at a look; of clocks and of the coordinator's wishes,
+rank 0's count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.checkpoint import Checkpointer, SaveFailedError, SaveReport, SupersededError
+from cluster.phase import Phase, enter
+from cluster.worker import Worker
+from instdisc import __version__
+from instdisc.config import TrainConfig, lasting_digest
+from instdisc.runs import Run
+from instdisc.train.cadence import Cadence
+from instdisc.train.state import TrainState
+
+
+class Saves:
+    """Restores the state, and saves it when it is due."""
+
+    def __init__(self, worker: Worker, config: TrainConfig, run: Run, dataset_digest: str) -> None:
+        self._worker, self._config = worker, config.checkpoint
+        self._checkpointer = Checkpointer(
+            run.checkpoints(),
+            worker=worker,
+            coordinator=worker.coordinator,
+            retention=run.coordinator(config).retention,
+            bandwidth_share=config.checkpoint.bandwidth_share,
+            incremental=config.checkpoint.incremental,
+            rows_per_step=config.optim.global_batch,
+            digests={"configuration": lasting_digest(config), "images": dataset_digest},
+            versions={"instdisc": __version__},
+        )
+        self._cadence = Cadence(config.checkpoint)
+        self._told = 0
+        self._wish_served = 0
+        self._is_started = False
+
+    def restore(self, state: TrainState) -> bool:
+        """Load the newest intact checkpoint into the state and begin an attempt; whether there was one. Collective."""
+        checkpoint = self._checkpointer.restore(state.load)
+        self._tell_warnings()
+        self._checkpointer.begin_attempt()
+        return checkpoint is not None
+
+    def start(self, step: int) -> None:
+        """Start the clock: the first step is about to begin."""
+        self._cadence.start(step)
+        enter(Phase.STEP, step)
+
+    def pause(self) -> None:
+        """Leave out the time since the last look: something else than training went on."""
+        self._cadence.pause()
+
+    def is_due_at(self, step: int) -> bool:
+        """Whether the configuration asks for a save after this step."""
+        every = self._config.every_steps
+        return every is not None and step % every == 0
+
+    def look(self, step: int) -> dict[str, Any]:
+        """Return what this rank knows of saves, JSON-able, for all ranks to see."""
+        is_saving = self._checkpointer.is_saving
+        self._cadence.look(step, is_saving)
+        return {
+            "is_saving": is_saving,
+            "due": self._cadence.is_due(),
+            "wishes": self._checkpointer.wishes["saves"],
+            "superseded": self._checkpointer.wishes["superseded"],
+        }
+
+    def ended(self, by_rank: Sequence[dict[str, Any]]) -> SaveReport | None:
+        """Return the report of the save that has ended on all ranks since it was started, None if none has.
+
+        A failure that may pass is told, and the next save is made as usual; one that does not pass is raised, as is a
+        newer attempt. The same on every rank.
+        """
+        if by_rank[0]["superseded"]:
+            raise SupersededError(
+                "another process goes on with this run: this one ends, and nothing of its checkpoints is lost"
+            )
+        if not self._is_started or any(rank["is_saving"] for rank in by_rank):
+            return None
+        return self._outcome(must_succeed=False)
+
+    def save_if_due(self, state: TrainState, by_rank: Sequence[dict[str, Any]]) -> SaveReport | None:
+        """Start a save if one is due. Returns the report of the save before where that was waited for. Collective."""
+        wished = by_rank[0]["wishes"] > self._wish_served
+        if not (by_rank[0]["due"] or self.is_due_at(state.step) or wished):
+            return None
+        report = None
+        if self._is_started:
+            if self._config.overlap == "skip" and not wished:
+                return None
+            report = self._outcome(must_succeed=False)
+        self._wish_served = by_rank[0]["wishes"]
+        self._start(state)
+        return report
+
+    def save_now(self, state: TrainState) -> SaveReport | None:
+        """Save and wait until it is committed: the run ends, or pauses. Every failure is raised. Collective."""
+        if self._is_started:
+            self._outcome(must_succeed=False)
+        self._start(state)
+        return self._outcome(must_succeed=True)
+
+    def close(self) -> None:
+        """End; a save that is still being written is not waited for."""
+        self._checkpointer.close()
+
+    def _start(self, state: TrainState) -> None:
+        self._checkpointer.start_save(
+            state.step,
+            state.tables(),
+            state.tensors(),
+            state.numbers(),
+            state.metrics(),
+            wish=self._wish_served,
+        )
+        self._is_started = True
+        self._cadence.saved()
+
+    def _outcome(self, *, must_succeed: bool) -> SaveReport | None:
+        self._is_started = False
+        try:
+            report = self._checkpointer.wait()
+        except SaveFailedError as error:
+            if must_succeed or error.is_permanent:
+                raise
+            self._tell(f"{error}; training goes on, the next checkpoint is saved as usual")
+            return None
+        self._tell_warnings()
+        if report is not None:
+            self._cadence.committed(report.snapshot_s, report.write_s)
+        return report
+
+    def _tell_warnings(self) -> None:
+        for warning in self._checkpointer.warnings[self._told :]:
+            self._tell(warning)
+        self._told = len(self._checkpointer.warnings)
+
+    def _tell(self, text: str) -> None:
+        self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})
