@@ -98,7 +98,7 @@ def run_with_everything(uri: str) -> dict[str, bytes]:
     store = Store(uri)
     for steps in (range(1, FIRST + 1), range(FIRST + 1, LAST + 1)):
         lease = Lease(store, Holder.of_this_process())
-        service = CoordinatorService(Coordinator(store, retention=Retention(last=4)), lease)
+        service = CoordinatorService(store, Coordinator(store, retention=Retention(last=4)), lease)
         checkpointer, _ = start(store, coordinator=service, block_rows=45)
         for step in steps:
             rows, last = bank_after(step)

@@ -252,7 +252,9 @@ def test_a_coordinator_that_was_started_again_leaves_a_run_alone_that_another_to
 
 
 def service_of(store: Store, holder: Holder, clock: Clock) -> CoordinatorService:
-    return CoordinatorService(Coordinator(store), Lease(store, holder, lease_s=35, clock=clock, sleep=clock.sleep))
+    return CoordinatorService(
+        store, Coordinator(store), Lease(store, holder, lease_s=35, clock=clock, sleep=clock.sleep)
+    )
 
 
 def test_an_old_driver_that_comes_back_after_it_was_replaced_is_superseded(uri, monkeypatch):

@@ -24,7 +24,7 @@ def table(rows: torch.Tensor, guard: RowGuard, last: torch.Tensor | None = None)
 
 def test_start_save_returns_at_once_and_training_writes_on_while_a_slow_store_takes_its_time(uri):
     rows, guard, tensor = torch.zeros(NUM_ROWS, 2), RowGuard(), torch.zeros(3)
-    store = SlowStore(uri, delay_s=0.1)
+    store = SlowStore(uri, delay_s=0.4)
     checkpointer, _ = start(store, coordinator=InlineCoordination(Store(uri)), num_threads=2)
     started_s = time.monotonic()
     checkpointer.start_save(1, table(rows, guard), {"w": tensor}, {"step": 1})
@@ -42,11 +42,11 @@ def test_start_save_returns_at_once_and_training_writes_on_while_a_slow_store_ta
     saved_s = time.monotonic() - started_s
     report = checkpointer.wait()
 
-    assert saved_s >= 0.4, "nine objects of 0.1 s on two threads"
-    assert start_s < 0.1
-    assert longest_s < 0.1
-    assert num_writes > 100
-    assert report.stall_s < 0.1 < report.write_s
+    assert saved_s >= 1.6, "nine objects of 0.4 s on two threads"
+    assert start_s < 0.4
+    assert longest_s < 0.4
+    assert num_writes > 50
+    assert report.stall_s < 0.4 < report.write_s
     checkpoint = read_latest(Store(uri))
     assert not checkpoint.rows("bank").any(), "as it was when the save began"
     assert not checkpoint.tensors()["w"].any()
@@ -185,11 +185,11 @@ def test_a_share_of_the_bandwidth_leaves_rests_until_somebody_waits(uri):
 
 def test_a_save_on_its_way_does_not_keep_close_waiting(uri):
     rows, guard = torch.zeros(NUM_ROWS, 2), RowGuard()
-    checkpointer, _ = start(SlowStore(uri, 0.1), coordinator=InlineCoordination(Store(uri)), num_threads=1)
+    checkpointer, _ = start(SlowStore(uri, 0.5), coordinator=InlineCoordination(Store(uri)), num_threads=1)
     checkpointer.start_save(1, table(rows, guard), {}, {})
     started_s = time.monotonic()
     checkpointer.close()
-    assert time.monotonic() - started_s < 0.1
+    assert time.monotonic() - started_s < 0.5
 
 
 def test_saves_of_two_runs_in_one_process_do_not_mix(uri):
