@@ -203,7 +203,8 @@ class Checkpointer:
             with phase(Phase.SNAPSHOT):
                 mine = tensors if self._worker.rank == 0 else None
                 snapshot: Snapshot | Exception = self._taker.take(step, tables, mine, state, metrics or {})
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            # The other ranks wait for what this one says.
             snapshot = error
         stall_s = time.perf_counter() - started_s
         job = SaveJob(

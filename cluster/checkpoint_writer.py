@@ -104,6 +104,7 @@ def _write_segments(
             frozen.read(start - table.start + to, block_PX[at:to])
         del block_PX
         future = uploads.submit(f"{prefix}/{start:012d}-{stop:012d}.bin", [block], num_bytes)
+        del block  # or it would stay in memory while the next one waits for room
         written.append(({"start": start, "stop": stop}, future))
     return written
 

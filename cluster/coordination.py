@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from cluster.attempts import SupersededError
 from cluster.coordinator import Coordinator
 from cluster.lease import BEAT_S, Holder, Lease, RunHeldError
+from cluster.manifest import ManifestError, NewerFormatError
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store, StoreError
 from cluster.stored_object import CheckpointError
@@ -24,7 +25,10 @@ IDLE_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (CheckpointError, SupersededError, RunHeldError, StoreError, ObjectMissingError, ValueError)
+    for kind in (
+        *(CheckpointError, SupersededError, RunHeldError, StoreError, ObjectMissingError),
+        *(ManifestError, NewerFormatError, ValueError),
+    )
 }
 
 

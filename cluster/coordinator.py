@@ -246,11 +246,13 @@ class Coordinator:
             return decide()
         except SupersededError as error:
             return {"state": SUPERSEDED, "error": str(error)}
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # Whatever it is: workers wait for an answer.
             save.tries += 1
             if is_transient(error) and save.tries < COMMIT_TRIES:
                 return None
-            return {"state": FAILED, "error": str(error), "permanent": not is_transient(error)}
+            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+            return {"state": FAILED, "error": text, "permanent": not is_transient(error)}
 
     def _commit(self, id: SaveId, parts: list[Mapping[str, Any]]) -> dict[str, Any]:
         started_s = time.perf_counter()

@@ -79,14 +79,15 @@ def _accept(listener: Listener, service: CoordinatorService, closing: threading.
 
 def _answer(connection: Connection, service: CoordinatorService, closing: threading.Event) -> None:
     try:
-        while True:
-            request = connection.recv_bytes()
-            if request == _CLOSE:
-                closing.set()
-                return
-            connection.send_bytes(service.answer(request.decode()).encode())
-    except (EOFError, OSError):
-        return  # the worker is gone
+        with connection:
+            while True:
+                request = connection.recv_bytes()
+                if request == _CLOSE:
+                    closing.set()
+                    return
+                connection.send_bytes(service.answer(request.decode()).encode())
+    except (EOFError, OSError, UnicodeDecodeError):
+        return  # the worker is gone, or it is none
 
 
 def close_coordinator(folder: str) -> None:

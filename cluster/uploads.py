@@ -70,10 +70,12 @@ class Uploads:
 
     def submit(self, key: str, parts: Sequence[Buffer], reserved: int) -> Future[StoredObject]:
         """Write an object; the memory reserved for it is free again when it is written."""
-        return self._pool.submit(self._write, key, parts, reserved)
+        # The pool keeps what it is given until the call returns, rests included.
+        return self._pool.submit(self._write, key, [parts], reserved)
 
-    def _write(self, key: str, parts: Sequence[Buffer], reserved: int) -> StoredObject:
+    def _write(self, key: str, only: list[Sequence[Buffer]], reserved: int) -> StoredObject:
         started_s = time.perf_counter()
+        parts = only.pop()
         try:
             return write_object(self._store, key, parts)
         except BaseException as error:

@@ -1,11 +1,22 @@
-"""A real S3 server for the tests of this folder, started by the first that needs it."""
+"""Stores for the tests of this folder: in memory, and a real S3 server, started by the first that needs it."""
 
 from __future__ import annotations
 
 import re
+import uuid
+from collections.abc import Iterator
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from seaweed import Seaweed
+
+
+@pytest.fixture
+def uri() -> Iterator[str]:
+    """A store of its own in memory."""
+    yield f"memory://{uuid.uuid4().hex}"
+    # The memory file system belongs to the process, and its listings look at everything in it.
+    MemoryFileSystem.store.clear()
 
 
 @pytest.fixture(scope="session")
