@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import re
 
 import pytest
 from seaweed import Seaweed
@@ -33,6 +33,6 @@ def s3_environment(s3_server, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def s3_uri(s3_environment) -> str:
-    """A place of its own on the server."""
-    return f"s3://images/{uuid.uuid4().hex}/run"
+def s3_uri(s3_environment, request) -> str:
+    """A place of its own on the server, the same in every session: the faults of a proxy depend on it."""
+    return f"s3://images/{re.sub('[^a-z0-9_]', '-', request.node.name)}/run"
