@@ -149,7 +149,7 @@ class Campaign:
             *("--optim.global_batch", str(GLOBAL_BATCH), "--optim.norm_group", "4", "--eval.baselines", "no"),
             *("--optim.epochs", str(STEPS * GLOBAL_BATCH / NUM_ROWS), "--checkpoint.every_steps", str(EVERY)),
             *("--objective.name", "nce", "--objective.z", "ema", "--objective.num_negatives", "64"),
-            *("--system.tensorboard", "no", "--checkpoint.every_minutes", "none"),
+            *("--system.tensorboard", "no", "--checkpoint.every_minutes", "none", "--checkpoint.overlap", "wait"),
         ]
 
     def _one_run(self, num_kills: int, server_kills: bool) -> None:
