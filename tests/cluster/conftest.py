@@ -11,14 +11,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from seaweed import Seaweed
 
 
-@pytest.fixture
-def uri() -> Iterator[str]:
-    """A store of its own in memory."""
-    yield f"memory://{uuid.uuid4().hex}"
-    # The memory file system belongs to the process, and its listings look at everything in it.
-    MemoryFileSystem.store.clear()
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     server = Seaweed(tmp_path_factory.mktemp("seaweed"))
@@ -47,3 +39,11 @@ def s3_environment(s3_server, monkeypatch, tmp_path):
 def s3_uri(s3_environment, request) -> str:
     """A place of its own on the server, the same in every session: the faults of a proxy depend on it."""
     return f"s3://images/{re.sub('[^a-z0-9_]', '-', request.node.name)}/run"
+
+
+@pytest.fixture
+def uri() -> Iterator[str]:
+    """A store of its own in memory."""
+    yield f"memory://{uuid.uuid4().hex}"
+    # The memory file system belongs to the process, and its listings look at everything in it.
+    MemoryFileSystem.store.clear()

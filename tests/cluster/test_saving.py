@@ -231,28 +231,40 @@ def test_a_lost_answer_to_a_create_costs_nothing(uri):
 
 
 class LosesOneAnswer(Store):
-    """Creates a manifest and then reports that the connection was lost, once."""
+    """Creates a manifest and then reports an error, once."""
 
-    is_losing = False
+    error: StoreError | None = None
 
     def create(self, key, data):
         created = super().create(key, data)
-        if self.is_losing and key.startswith("manifests/"):
-            self.is_losing = False
-            raise StoreError("cannot create: connection reset") from ConnectionResetError()
+        if self.error is not None and key.startswith("manifests/"):
+            error, self.error = self.error, None
+            raise error
         return created
 
 
-@pytest.mark.parametrize("again", [20, 30])
-def test_a_manifest_whose_answer_was_lost_for_good_does_no_harm_to_a_save_of_the_same_or_a_later_step(uri, again):
+def test_a_manifest_of_which_the_connection_lost_the_answer_is_found_and_counts(uri):
+    store = LosesOneAnswer(uri)
+    checkpointer, _ = start(store)
+    store.error = StoreError("cannot create: connection reset")
+    store.error.__cause__ = ConnectionResetError()
+    assert save(checkpointer, ThreadWorker(), 10).step == 10
+    assert store.error is None
+    assert_holds(read_latest(Store(uri)), 10)
+
+
+def test_a_manifest_whose_answer_was_lost_for_good_is_a_checkpoint_and_does_no_harm_to_later_ones(uri):
     store = LosesOneAnswer(uri)
     checkpointer, _ = start(store)
     save(checkpointer, ThreadWorker(), 10)
-    store.is_losing = True
-    with pytest.raises(SaveFailedError, match="connection reset") as caught:
+    store.error = StoreError("cannot create: no permission")
+    with pytest.raises(SaveFailedError, match="no permission") as caught:
         save(checkpointer, ThreadWorker(), 20)
-    assert not caught.value.is_permanent
-    save(checkpointer, ThreadWorker(), again)
-    assert_holds(read_latest(Store(uri)), again)
+    assert caught.value.is_permanent
+    assert_holds(read_latest(Store(uri)), 20)
+    with pytest.raises(SaveFailedError, match="step: 20 was saved already"):
+        save(checkpointer, ThreadWorker(), 20)
+    assert_holds(read_latest(Store(uri)), 20)
+    save(checkpointer, ThreadWorker(), 30)
     _, checkpoint = start(Store(uri))
-    assert_holds(checkpoint, again)
+    assert_holds(checkpoint, 30)
