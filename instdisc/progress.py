@@ -121,6 +121,18 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest_s:02d}" if hours else f"{minutes}:{rest_s:02d}"
 
 
+def in_bytes(num_bytes: int) -> str:
+    """Return a number of bytes with three figures or more: "512 B", "1.23 MB", "4,567 TB"."""
+    size, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    if unit == "B" or size >= 99.95:
+        return f"{size:,.0f} {unit}"
+    return f"{size:.1f} {unit}" if size >= 9.995 else f"{size:.2f} {unit}"
+
+
 def _progress_line(event: Mapping[str, Any]) -> str:
     """Return what matters first first, since a narrow terminal cuts the end."""
     step, num_steps = event["step"], event["num_steps"]
@@ -212,4 +224,22 @@ class ImagesTold:
             text += f", {left} left"
         elif done:
             text += f" were {self._done_before} before"
+        self._tell({"kind": "phase", "text": text})
+
+
+class BytesTold:
+    """Tells how far a long work on bytes came: how many, speed and the time to go."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None], what: str) -> None:
+        """tell: takes the events. what: such as "verifying"."""
+        self._tell, self._what = tell, what
+        self._start_s = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` bytes are done."""
+        text = f"{self._what}: {in_bytes(done)} of {in_bytes(total)}"
+        if done:
+            spent_s = max(1e-9, time.monotonic() - self._start_s)
+            left = duration((total - done) * spent_s / done)
+            text += f", {done / spent_s / 1e6:,.1f} MB/s, {left} left"
         self._tell({"kind": "phase", "text": text})
