@@ -64,7 +64,12 @@ def plan_prune(
 
 
 def plan_after_next_save(store: Store, inventory: Inventory, retention: Retention) -> Plan:
-    """Find what the next save of a training run removes when it is committed. Reads only."""
+    """Find what the next save of a training run removes when it is committed. Reads only.
+
+    CheckpointError where it is not known which checkpoints are valid.
+    """
+    if inventory.problem:
+        raise CheckpointError(inventory.problem)
     usable = [entry.id for entry in inventory.chain]
     until = _newest_save(inventory)
     last_step = usable[-1].step if usable else 0

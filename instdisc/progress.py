@@ -25,6 +25,7 @@ LOG_INTERVAL_S = 10.0
 _REDRAW_INTERVAL_S = 0.1
 _BAR_CELLS = 20
 _CLEAR = "\r\x1b[K"
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 class Progress:
@@ -122,15 +123,13 @@ def duration(seconds: float | None) -> str:
 
 
 def in_bytes(num_bytes: int) -> str:
-    """Return a number of bytes with three figures or more: "512 B", "1.23 MB", "4,567 TB"."""
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            break
-        size, unit = size / 1000, larger
-    if unit == "B" or size >= 99.95:
-        return f"{size:,.0f} {unit}"
-    return f"{size:.1f} {unit}" if size >= 9.995 else f"{size:.2f} {unit}"
+    """Return a number of bytes with three figures: "512 B", "1.23 MB", "45.6 GB"."""
+    # Compared after rounding: 999,999 bytes are 1.00 MB and not 1,000 kB.
+    size, unit = next(((size, unit) for size, unit in _UNITS if num_bytes >= 0.9995 * size), (1, "B"))
+    value = num_bytes / size
+    if unit == "B" or value >= 99.95:
+        return f"{value:,.0f} {unit}"
+    return f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
 
 
 def _progress_line(event: Mapping[str, Any]) -> str:
@@ -237,7 +236,9 @@ class BytesTold:
 
     def __call__(self, done: int, total: int) -> None:
         """Say that `done` of `total` bytes are done."""
-        text = f"{self._what}: {in_bytes(done)} of {in_bytes(total)}"
+        # In the unit of the total throughout: a log takes texts that differ in more than numbers for new phases.
+        size, unit = next(((s, u) for s, u in _UNITS if total >= s), (1, "B"))
+        text = f"{self._what}: {done / size:,.1f} of {total / size:,.1f} {unit}"
         if done:
             spent_s = max(1e-9, time.monotonic() - self._start_s)
             left = duration((total - done) * spent_s / done)

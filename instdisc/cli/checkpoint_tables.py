@@ -17,10 +17,10 @@ NARROW = 100
 _NUM_SHOWN = 3
 
 
-def inventory_document(inventory: Inventory, plan: Plan | None, is_next_save: bool, now: datetime) -> dict[str, Any]:
-    """Return everything as one JSON-able document. plan: what goes next, None where that cannot be said."""
+def inventory_document(inventory: Inventory, plan: Plan | str, is_next_save: bool, now: datetime) -> dict[str, Any]:
+    """Return everything as one JSON-able document. plan: what goes next, or why nothing does."""
     holding = inventory.holding
-    goes = {entry.id for entry in plan.deleted} if plan else set()
+    goes = {entry.id for entry in plan.deleted} if isinstance(plan, Plan) else set()
     return {
         "uri": inventory.uri,
         "num_bytes": sum(inventory.sizes.values()),
@@ -49,7 +49,10 @@ def inventory_document(inventory: Inventory, plan: Plan | None, is_next_save: bo
             for remains in inventory.remains
         ],
         "strays": list(inventory.strays),
-        "next_removal": {"by": "the next save" if is_next_save else "prune", **plan_document(plan)} if plan else None,
+        "next_removal": {
+            "by": "the next save" if is_next_save else "prune",
+            **(plan_document(plan) if isinstance(plan, Plan) else {"refused": plan}),
+        },
     }
 
 
@@ -85,10 +88,10 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def inventory_text(inventory: Inventory, plan: Plan | None, is_next_save: bool, now: datetime, width: int) -> str:
-    """Return everything for people, in lines that fit a terminal of `width` columns where names allow it."""
+def inventory_text(inventory: Inventory, plan: Plan | str, is_next_save: bool, now: datetime, width: int) -> str:
+    """Return everything for people, the table cut to a terminal of `width` columns. plan: as `inventory_document`."""
     num, total = len(inventory.entries), in_bytes(sum(inventory.sizes.values()))
-    lines = [f"{inventory.uri}: {_counted(num, 'checkpoint')}, {total} in {_counted(len(inventory.sizes), 'object')}"]
+    lines = [f"{inventory.uri}: {counted(num, 'checkpoint')}, {total} in {counted(len(inventory.sizes), 'object')}"]
     lines += [_holding_line(inventory)]
     if inventory.entries:
         lines += ["", *_table(inventory, plan, now, width), ""]
@@ -96,7 +99,7 @@ def inventory_text(inventory: Inventory, plan: Plan | None, is_next_save: bool, 
     for remains in inventory.remains:
         what = "being written, or left by a torn save" if remains.is_open else "left by a torn save"
         lines.append(
-            f"without a manifest: {in_bytes(remains.num_bytes)} in {_counted(remains.num_objects, 'object')} of step "
+            f"without a manifest: {in_bytes(remains.num_bytes)} in {counted(remains.num_objects, 'object')} of step "
             f"{remains.step:,} (attempt {remains.attempt}), {what}"
         )
     if inventory.strays:
@@ -104,9 +107,11 @@ def inventory_text(inventory: Inventory, plan: Plan | None, is_next_save: bool, 
         more = f" and {len(inventory.strays) - _NUM_SHOWN} more" if len(inventory.strays) > _NUM_SHOWN else ""
         lines.append(f"not ours: {shown}{more}")
     lines += _version_lines(inventory)
-    if plan is not None:
-        who = "the next save" if is_next_save else "`instdisc checkpoints prune`"
+    who = "the next save" if is_next_save else "`instdisc checkpoints prune`"
+    if isinstance(plan, Plan):
         lines.append(f"{who} would delete {deletions(plan)}")
+    elif plan:
+        lines.append(f"{who} would delete nothing: {plan}")
     return "\n".join(map(printable, lines))
 
 
@@ -125,9 +130,9 @@ def deletions(plan: Plan) -> str:
         return "nothing"
     states = [entry.state for entry in plan.deleted]
     orphans = states.count(State.ORPHAN)
-    of_these = f" ({_counted(orphans, 'orphan')} among them)" if orphans else ""
+    of_these = f" ({counted(orphans, 'orphan')} among them)" if orphans else ""
     return (
-        f"{_counted(len(states), 'checkpoint')}{of_these} and {_counted(plan.num_objects, 'object')}: "
+        f"{counted(len(states), 'checkpoint')}{of_these} and {counted(plan.num_objects, 'object')}: "
         f"{in_bytes(plan.num_bytes)}"
     )
 
@@ -158,8 +163,8 @@ def _holding_line(inventory: Inventory) -> str:
     return f"held by {holding.holder} since {holding.since}; last heartbeat {holding.renewed}"
 
 
-def _table(inventory: Inventory, plan: Plan | None, now: datetime, width: int) -> list[str]:
-    goes = {entry.id for entry in plan.deleted} if plan else set()
+def _table(inventory: Inventory, plan: Plan | str, now: datetime, width: int) -> list[str]:
+    goes = {entry.id for entry in plan.deleted} if isinstance(plan, Plan) else set()
     header = ["step", "attempt", "age", "saved (UTC)", "new", "in all", "increments", "state", "next"]
     rows = [header]
     for entry in inventory.entries:
@@ -174,12 +179,10 @@ def _table(inventory: Inventory, plan: Plan | None, now: datetime, width: int) -
                 in_bytes(entry.num_bytes) if entry.manifest else "?",
                 _increments(entry, with_words=width >= NARROW),
                 str(entry.state),
-                ("goes" if entry.id in goes else "stays") if plan else "",
+                "goes" if entry.id in goes else "stays",
             ]
         )
     left_out = {"saved (UTC)"} if width < NARROW else set()
-    if plan is None:
-        left_out.add("next")
     columns = [place for place, name in enumerate(header) if name not in left_out]
     widths = [max(len(row[place]) for row in rows) for place in columns]
     lines = []
@@ -247,5 +250,6 @@ def _time_of(entry: Entry) -> datetime | None:
     return created.astimezone(UTC) if created.tzinfo else created.replace(tzinfo=UTC)
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

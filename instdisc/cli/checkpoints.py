@@ -8,7 +8,6 @@ import math
 import shutil
 import sys
 import time
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     prune = _action(actions, "prune", remove_old, "delete checkpoints that no rule keeps, orphans and torn saves")
     prune.description = (
         "Delete the checkpoints that none of the rules keeps, those of attempts that were left behind, and what torn "
-        "saves left. A run that somebody trains is refused."
+        "saves left. A run that somebody trains is refused. Objects are looked at by their size only: verify first."
     )
     prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N (default: as the run does)")
     prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep the first at or after each multiple")
@@ -84,10 +83,11 @@ def list_all(options: argparse.Namespace) -> int:
 
     run = existing_run(options.uri)
     store, retention = run.checkpoints(), _retention(run)
-    inventory, plan = take_stock(store), None
-    if not inventory.problem:
-        with suppress(CheckpointError):  # nothing would be deleted, for a reason that the list shows
-            plan = (plan_after_next_save if inventory.is_held else plan_prune)(store, inventory, retention)
+    inventory = take_stock(store)
+    try:
+        plan = (plan_after_next_save if inventory.is_held else plan_prune)(store, inventory, retention)
+    except CheckpointError as error:
+        plan = str(error)
     now = datetime.now(UTC)
     if options.json:
         print(json.dumps(inventory_document(inventory, plan, inventory.is_held, now), indent=1))
@@ -102,6 +102,7 @@ def verify_some(options: argparse.Namespace) -> int:
     from cluster.manifest import describe
     from cluster.stored_object import CheckpointError
     from cluster.verification import verify
+    from instdisc.cli.checkpoint_tables import counted
     from instdisc.progress import BytesTold, Progress, in_bytes
     from instdisc.runs import existing_run
 
@@ -114,7 +115,8 @@ def verify_some(options: argparse.Namespace) -> int:
     for _ in range(_TRIES):
         ids, progress = _chosen(store, options), Progress()
         try:
-            found = verify(store, ids, on_progress=BytesTold(progress.update, f"verifying {describe(ids)}"))
+            what = describe(ids) if len(ids) == 1 else counted(len(ids), "checkpoint")
+            found = verify(store, ids, on_progress=BytesTold(progress.update, f"verifying {what}"))
         finally:
             progress.close()
         if found:
@@ -140,10 +142,10 @@ def verify_some(options: argparse.Namespace) -> int:
     }
     lines = [*problems[:_NUM_SHOWN], *([f"… and {len(problems) - _NUM_SHOWN} more"] if problems[_NUM_SHOWN:] else [])]
     for verified in found:
-        about = f"{verified.num_objects:,} objects, {in_bytes(verified.num_bytes)}"
-        verdict = f"DAMAGED, {len(verified.problems):,} problems" if verified.problems else "intact"
+        about = f"{counted(verified.num_objects, 'object')}, {in_bytes(verified.num_bytes)}"
+        verdict = f"DAMAGED, {counted(len(verified.problems), 'problem')}" if verified.problems else "intact"
         lines.append(f"{describe([verified.id])}: {about}: {verdict}")
-    lines.append(f"{store.uri}: {len(found)} checkpoints read ({seconds} s)")
+    lines.append(f"{store.uri}: {counted(len(found), 'checkpoint')} read ({seconds} s)")
     print(json.dumps(document, indent=1) if options.json else "\n".join(map(printable, lines)))
     return 1 if problems else 0
 
@@ -195,7 +197,7 @@ def remove_old(options: argparse.Namespace) -> int:
             plan, is_done = prune(store, retention, damaged=options.damaged, agree=agree, on_progress=tell)
         finally:
             progress.close()
-    document = {"uri": store.uri, "deleted": is_done, "dry_run": options.dry_run, "plan": plan_document(plan)}
+    document = {"uri": store.uri, "done": is_done, "dry_run": options.dry_run, "plan": plan_document(plan)}
     verb = "deleted" if is_done else "would delete"
     text = plan_text(plan, verb) if is_done or options.dry_run or plan.is_empty else "deleted nothing"
     print(json.dumps(document, indent=1) if options.json else printable(f"{store.uri}: ") + text)
