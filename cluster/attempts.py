@@ -152,8 +152,13 @@ def record_start(store: Store, number: int, parent: ManifestId | None, damaged: 
 
 
 def require_newest(store: Store, number: int) -> None:
-    """Raise SupersededError if an attempt with a higher number was begun."""
-    newest = attempt_numbers(store)[-1]
+    """Raise SupersededError if an attempt with a higher number was begun, CheckpointError if the records are gone."""
+    numbers = attempt_numbers(store)
+    if not numbers:
+        raise CheckpointError(
+            f"{store.uri} has no record of attempt {number} any more: the run was deleted or moved while it was in use"
+        )
+    newest = numbers[-1]
     if newest > number:
         raise SupersededError(
             f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must "
