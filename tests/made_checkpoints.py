@@ -34,7 +34,8 @@ def bank_of(step: int) -> tuple[Tensor, Tensor]:
     """Return rows and last steps after so many steps, each of which writes three rows; a pure function."""
     rows_ND = torch.arange(NUM_ROWS * DIM, dtype=torch.float32).reshape(NUM_ROWS, DIM)
     last_N = torch.full((NUM_ROWS,), -1, dtype=torch.int32)
-    for done in range(step):
+    # Any 60 steps in a row write every row: 7 and 60 have no common divisor.
+    for done in range(max(0, step - NUM_ROWS), step):
         which = [(7 * done + place) % NUM_ROWS for place in range(ROWS_PER_STEP)]
         rows_ND[which] = float(done) + torch.arange(ROWS_PER_STEP * DIM).reshape(ROWS_PER_STEP, DIM) / 64
         last_N[which] = done

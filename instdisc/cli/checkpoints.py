@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     prune.add_argument("--yes", action="store_true", help="do not ask")
 
     cat = _action(actions, "cat", print_one, "print a manifest, one value of it, or rows of a table")
+    cat.description = "Print a manifest as JSON, one value of it, or rows of a table. KEY stands right behind RUN."
     cat.add_argument("key", nargs="?", metavar="KEY", help="dotted name of one value: state.normalizer, tables.bank")
     _add_which(cat)
     cat.add_argument("--rows", nargs=3, metavar=("TABLE", "START", "STOP"), help="print these rows: bank 0 10")
