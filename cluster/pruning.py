@@ -45,8 +45,7 @@ def plan_prune(
 
     Checkpoints that are known to be damaged or incomplete stay, and do not count as kept; `damaged`: they go.
     attempt: one without saves, newer than all; by default the next. Of a run that is held, what may be being written
-    stays. CheckpointError where nothing would be left to go on from, or where it is not known what a checkpoint needs;
-    ValueError for a metric that none has.
+    stays. CheckpointError where nothing would be left to go on from, or where it is not known what a checkpoint needs.
     """
     _require_known(inventory, damaged)
     usable = [entry.id for entry in inventory.usable]
@@ -55,7 +54,6 @@ def plan_prune(
             f"no checkpoint of {inventory.uri} is complete, so none would be left to go on from: nothing is removed. "
             "Put the missing objects back from a copy"
         )
-    _require_metric(inventory, retention)
     broken = [entry.id for entry in inventory.chain if entry.id not in usable]
     until = (inventory.attempt + 1 if attempt is None else attempt), 0
     if inventory.is_held and attempt is None:
@@ -130,11 +128,12 @@ def _require_known(inventory: Inventory, damaged: bool) -> None:
         )
 
 
-def _require_metric(inventory: Inventory, retention: Retention) -> None:
+def require_metric(inventory: Inventory, metric: str) -> None:
+    """Raise ValueError, with those that there are, for a metric that no checkpoint has."""
     known = sorted({name for entry in inventory.usable if entry.manifest for name in entry.manifest.metrics})
-    if retention.best is not None and inventory.usable and retention.best not in known:
+    if inventory.usable and metric not in known:
         raise ValueError(
-            f"best: found {retention.best!r}, which no checkpoint of {inventory.uri} has; expected "
+            f"metric: found {metric!r}, which no checkpoint of {inventory.uri} has; expected "
             + (f"one of {', '.join(known)}" if known else "none, since they have no metrics")
         )
 

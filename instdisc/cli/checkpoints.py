@@ -44,11 +44,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     prune = _action(actions, "prune", remove_old, "delete checkpoints that no rule keeps, orphans and torn saves")
     prune.description = (
         "Delete the checkpoints that none of the rules keeps, those of attempts that were left behind, and what torn "
-        "saves left. A run that somebody trains is refused. Objects are looked at by their size only: verify first."
+        "saves left. A rule that is not given is the run's. A run that "
+        "somebody trains is refused. Objects are looked at by their size only: verify first."
     )
     prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N (default: as the run does)")
-    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="keep the first at or after each multiple")
-    prune.add_argument("--keep-best", metavar="METRIC", help="keep the one with the highest value of a metric")
+    prune.add_argument("--keep-every", type=int, metavar="STEPS", help="and the first at or after each multiple")
+    prune.add_argument("--keep-best", metavar="METRIC", help="and the one with the highest value of a metric")
     prune.add_argument("--damaged", action="store_true", help="delete damaged and incomplete ones as well")
     prune.add_argument("--dry-run", action="store_true", help="show what would be deleted, and delete nothing")
     prune.add_argument("--yes", action="store_true", help="do not ask")
@@ -164,7 +165,7 @@ def _chosen(store: Store, options: argparse.Namespace) -> list[ManifestId]:
 def remove_old(options: argparse.Namespace) -> int:
     """Delete what no rule keeps, after showing it and asking."""
     from cluster.inventory import read_holding, take_stock
-    from cluster.pruning import plan_prune, prune
+    from cluster.pruning import plan_prune, prune, require_metric
     from instdisc.cli.checkpoint_tables import plan_document, plan_text
     from instdisc.progress import Progress
     from instdisc.runs import existing_run
@@ -172,6 +173,8 @@ def remove_old(options: argparse.Namespace) -> int:
     run = existing_run(options.uri)
     store, retention = run.checkpoints(), _retention(run, options)
     progress, is_done = Progress(), False
+    if options.keep_best is not None:
+        require_metric(take_stock(store), options.keep_best)
     if options.dry_run:
         plan = plan_prune(store, take_stock(store), retention, damaged=options.damaged)
     else:
@@ -258,19 +261,20 @@ def value_at(document: Any, key: str) -> Any:
 
 
 def _retention(run: Run, options: argparse.Namespace | None = None) -> Retention:
-    """Return the rules that the run has, with those that are asked for instead."""
-    from cluster.retention import Retention
+    """Return the rules that the run has; each that is asked for replaces the run's."""
+    from dataclasses import replace
+
+    from instdisc.runs import retention_of
 
     config = run.config()
     assert config is not None
-    last, every, best = config.checkpoint.keep_last, None, None
-    if options is not None:
-        for name, number in (("--keep-last", options.keep_last), ("--keep-every", options.keep_every)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: found {number}, expected at least 1")
-        last = last if options.keep_last is None else options.keep_last
-        every, best = options.keep_every, options.keep_best
-    return Retention(last=last, every_steps=every, best=best)
+    if options is None:
+        return retention_of(config)
+    for name, number in (("--keep-last", options.keep_last), ("--keep-every", options.keep_every)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name}: found {number}, expected at least 1")
+    asked = {"last": options.keep_last, "every_steps": options.keep_every, "best": options.keep_best}
+    return replace(retention_of(config), **{name: value for name, value in asked.items() if value is not None})
 
 
 def _finite(value: Any) -> Any:

@@ -215,6 +215,16 @@ def test_rules_that_are_asked_for_go_before_those_of_the_run(made, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_rules_of_the_run_hold_where_none_is_asked_for(made, capsys):
+    uri, _ = made
+    rules = {"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 4, "checkpoint.keep_best": "not_measured_yet"}
+    Run(uri).store.put(CONFIG, instdisc.recipe("quickstart", **rules).to_json().encode())
+    assert steps(document_of(capsys, "prune", uri, "--dry-run")["plan"]["deleted"]) == [6, 7]
+    assert steps(document_of(capsys, "ls", uri)["next_removal"]["deleted"]) == [6, 7]
+    best = document_of(capsys, "prune", uri, "--dry-run", "--keep-best", "knn_top1", "--keep-every", "100")
+    assert steps(best["plan"]["deleted"]) == [4, 7, 8]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
