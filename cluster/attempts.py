@@ -166,8 +166,8 @@ def require_newest(store: Store, number: int) -> None:
     newest = max(attempt_numbers(store), default=0)
     if newest < number:
         raise CheckpointError(
-            f"{store.uri} has no record of attempt {number}, which is running: the run was changed by hand; put "
-            "attempts/ back, or start a new run under another URI"
+            f"{store.uri} has no record of attempt {number}, which is running: it was deleted or moved "
+            "or changed by hand; put attempts/ back, or start a new run under another URI"
         )
     if newest > number:
         raise SupersededError(

@@ -219,6 +219,7 @@ class Checkpointer:
             num_threads=self._num_threads,
             pace=self._pace,
             about={"digests": self._digests, "versions": self._versions, "wish": wish},
+            closing=self._closing,
         )
         self._pace.relax()
         self._saving = id, stall_s, self._background.submit(job.run)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -123,7 +124,8 @@ class CoordinatorService:
         """Ask for a checkpoint as soon as possible, before a machine goes or the group is resized; return the number of
         the wish, see `wishes`.
         """
-        self._wanted_saves += 1
+        # From the clock, so that a coordinator that was started again does not use numbers twice.
+        self._wanted_saves = max(self._wanted_saves + 1, time.time_ns() // 1_000_000)
         return self._wanted_saves
 
     def wishes(self) -> dict[str, Any]:

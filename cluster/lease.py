@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.manifest import ManifestError, NewerFormatError, decode_document, encode_document
+from cluster.manifest import ManifestError, decode_document, encode_document
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
@@ -189,10 +189,13 @@ class Lease:
 
 
 def read_heartbeat(store: Store) -> dict[str, Any] | None:
-    """Return {"holder", "since", "beats", "released", "renewed"}, None if there is none that can be read."""
+    """Return {"holder", "since", "beats", "released", "renewed"}, None if there is none that can be read.
+
+    NewerFormatError if a newer version of this package wrote it.
+    """
     try:
         document: Mapping[str, Any] = decode_document(store.get(KEY), f"{KEY} in {store.uri}")
         Holder(**document["holder"])
         return {name: document[name] for name in ("holder", "since", "beats", "released", "renewed")}
-    except (ObjectMissingError, ManifestError, NewerFormatError, KeyError, TypeError):
+    except (ObjectMissingError, ManifestError, KeyError, TypeError):
         return None
