@@ -81,6 +81,7 @@ class CoordinatorService:
         self._store, self._coordinator, self._lease = store, coordinator, lease
         self._closing = threading.Event()
         self._arrived = threading.Event()
+        self._wishing = threading.Lock()
         self._wanted_saves = 0
         self._is_superseded = False
         self._threads = [
@@ -125,8 +126,9 @@ class CoordinatorService:
         the wish, see `wishes`.
         """
         # From the clock, so that a coordinator that was started again does not use numbers twice.
-        self._wanted_saves = max(self._wanted_saves + 1, time.time_ns() // 1_000_000)
-        return self._wanted_saves
+        with self._wishing:
+            self._wanted_saves = max(self._wanted_saves + 1, time.time_ns() // 1_000_000)
+            return self._wanted_saves
 
     def wishes(self) -> dict[str, Any]:
         """Return {"saves": the number of the last wish for a checkpoint, "served": of the last one that is fulfilled,

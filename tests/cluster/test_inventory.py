@@ -189,6 +189,7 @@ def test_a_checkpoint_that_retention_deletes_meanwhile_is_left_out(store):
 def test_without_records_of_attempts_everything_is_listed_as_unclear_and_nothing_is_removed(store):
     run_attempt(store, [2, 4])
     store.delete("attempts/000001.json")
+    store.delete("attempts/000001.start.json")
     inventory = take_stock(store)
     assert states(inventory) == {2: State.UNCLEAR, 4: State.UNCLEAR}
     assert "no record of that attempt" in inventory.problem
