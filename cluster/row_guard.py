@@ -39,12 +39,16 @@ class RowGuard:
         if not self._snapshots:
             yield
             return
-        self._writer_waits = True
-        with self._lock:
+        try:
+            self._writer_waits = True
+            with self._lock:
+                self._writer_waits = False
+                for snapshot in self._snapshots:
+                    snapshot.keep(places_U)
+                yield
+        finally:
+            # Ctrl-C can end the wait for the lock: readers must not wait for this writer for ever.
             self._writer_waits = False
-            for snapshot in self._snapshots:
-                snapshot.keep(places_U)
-            yield
 
     def freeze(self, rows: Tensor, last_step: Tensor | None = None) -> FrozenRows:
         """Return the rows, (R, ...) in host memory, as they are now. Called by the thread that writes, between writes.

@@ -215,3 +215,25 @@ def test_nothing_is_kept_of_rows_that_were_read_already_or_when_nobody_reads():
     with guard.writing(np.array([7])):
         rows[7] = 3
     assert 7 not in frozen._places.values
+
+
+def test_a_writer_that_is_interrupted_while_it_waits_keeps_no_reader_waiting():
+    """Ctrl-C during training in this process: the save in the background, and with it the process, must end."""
+
+    class InterruptedLock:
+        def __enter__(self) -> None:
+            raise KeyboardInterrupt
+
+        def __exit__(self, *error: object) -> None: ...
+
+    rows, guard = torch.zeros(4, 2), RowGuard()
+    frozen = guard.freeze(rows)
+    lock = guard._lock
+    guard._lock = InterruptedLock()  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(KeyboardInterrupt), guard.writing(np.arange(4)):
+        raise AssertionError("the lock was not got")
+    guard._lock = lock
+    reader = threading.Thread(target=frozen.read, args=(4, np.empty((4, 8), np.uint8)), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
