@@ -259,9 +259,9 @@ class Checkpointer:
         return self._wishes
 
     def close(self) -> None:
-        """End: nothing more will be saved. A save that is on its way is not waited for."""
+        """End: nothing more will be saved. A save that is on its way is given up, and not waited for."""
         self._closing.set()
-        self._pace.hurry()
+        self._pace.give_up()
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._own_coordinator is not None:
             self._own_coordinator.close()

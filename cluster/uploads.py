@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.store import Buffer, Store
-from cluster.stored_object import StoredObject, write_object
+from cluster.stored_object import CheckpointError, StoredObject, write_object
 
 MEMORY_BYTES = 128 * 2**20
 HURRY_CHECK_S = 0.1
@@ -18,7 +18,7 @@ class Pace:
     """Lets each thread of an upload send for a share of the time and rest for the remainder.
 
     So whatever the speed of the link, that share of what the threads could send of it is used, and the rest is left to
-    training. `hurry` ends the rests: somebody waits for the upload.
+    training. `hurry` ends the rests: somebody waits for the upload. `give_up` ends the upload: nobody needs it now.
     """
 
     def __init__(self, share: float = 1.0) -> None:
@@ -26,6 +26,7 @@ class Pace:
             raise ValueError(f"bandwidth share: found {share}, expected more than 0 and at most 1")
         self._share = share
         self._hurried = threading.Event()
+        self._given_up = False
 
     def rest(self, busy_s: float) -> None:
         """Rest after having sent for `busy_s`."""
@@ -39,6 +40,16 @@ class Pace:
     def relax(self) -> None:
         """Rest again."""
         self._hurried.clear()
+
+    def give_up(self) -> None:
+        """Send nothing more, for good."""
+        self._given_up = True
+        self._hurried.set()
+
+    def check(self) -> None:
+        """Raise CheckpointError if the upload was given up."""
+        if self._given_up:
+            raise CheckpointError("the process ended before the save did")
 
 
 class Uploads:
@@ -59,7 +70,8 @@ class Uploads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def reserve(self, num_bytes: int) -> None:
-        """Wait until so much memory may be filled. Raises what an upload raised meanwhile."""
+        """Wait until so much memory may be filled. Raises what an upload raised meanwhile, and if it was given up."""
+        self._pace.check()
         with self._freed:
             self._freed.wait_for(
                 lambda: self._failed or not self._used_bytes or self._used_bytes + num_bytes <= self._memory_bytes
@@ -77,6 +89,7 @@ class Uploads:
         started_s = time.perf_counter()
         parts = only.pop()
         try:
+            self._pace.check()
             return write_object(self._store, key, parts)
         except BaseException as error:
             self._failed = error

@@ -192,6 +192,20 @@ def test_a_save_on_its_way_does_not_keep_close_waiting(uri):
     assert time.monotonic() - started_s < 0.5
 
 
+def test_a_closed_checkpointer_writes_nothing_more_so_that_its_process_can_end(uri):
+    rows, guard = torch.zeros(NUM_ROWS, 2), RowGuard()
+    store = SlowStore(uri, 0.2)
+    checkpointer, _ = start(store, coordinator=InlineCoordination(Store(uri)), num_threads=1)
+    checkpointer.start_save(1, table(rows, guard), {}, {})
+    checkpointer.close()
+    started_s = time.monotonic()
+    while checkpointer.is_saving:
+        assert time.monotonic() - started_s < 10
+        time.sleep(0.01)
+    assert len(Store(uri).list("objects/")) <= 1, "nine objects, of which one was on its way"
+    assert guard._snapshots == []
+
+
 def test_saves_of_two_runs_in_one_process_do_not_mix(uri):
     def work(number: int) -> None:
         checkpointer, _ = start(Store(f"{uri}-{number}"), coordinator=None)
