@@ -36,8 +36,8 @@ class Saves:
             versions={"instdisc": __version__},
         )
         self._cadence = Cadence(config.checkpoint)
-        self._told = 0
-        self._wish_served = 0
+        self._told: set[str] = set()
+        self._wish_served = self._wish_committed = 0
         self._is_started = False
 
     def restore(self, state: TrainState) -> bool:
@@ -131,16 +131,22 @@ class Saves:
             if must_succeed or error.is_permanent:
                 raise
             self._tell(f"{error}; training goes on, the next checkpoint is saved as usual")
+            self._wish_served = self._wish_committed  # whoever wished for it still waits
             return None
+        self._wish_committed = self._wish_served
         self._tell_warnings()
         if report is not None:
             self._cadence.committed(report.snapshot_s, report.write_s)
         return report
 
     def _tell_warnings(self) -> None:
-        for warning in self._checkpointer.warnings[self._told :]:
-            self._tell(warning)
-        self._told = len(self._checkpointer.warnings)
+        # Once each: what cannot be removed after one save cannot be removed after the next, either.
+        warnings = self._checkpointer.warnings
+        for warning in warnings:
+            if warning not in self._told:
+                self._tell(warning)
+        self._told.update(warnings)
+        warnings.clear()
 
     def _tell(self, text: str) -> None:
         self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cluster.checkpoint import RowTable, SaveFailedError, SupersededError, read_latest
-from cluster.store import Store
+from cluster.store import Store, StoreError
 from cluster.worker import Worker
 from instdisc.config import TrainConfig
 from instdisc.runs import Run
@@ -183,6 +183,38 @@ def test_a_checkpoint_that_is_wished_for_is_saved_at_the_next_look_and_the_wish_
     state.step = 6
     assert look(saves, state)[0].step == 5
     assert look(saves, state) == [None, None], "a wish is fulfilled once"
+    saves.close()
+
+
+def test_a_wish_whose_save_fails_in_passing_is_fulfilled_at_the_next_look(gate):
+    gate.set()
+    saves, state, _, _ = started(every_minutes=None)
+    coordinator = saves._checkpointer._coordinator
+    number = coordinator.call("want_save")
+    for _ in range(300):
+        if saves.look(state.step)["wishes"] == number:
+            break
+        threading.Event().wait(0.01)
+    GatedStore.fail = ConnectionResetError(errno.ECONNRESET, "the server hung up")
+    for state.step in (5, 6):
+        look(saves, state)
+        wait_until_written(saves)
+        GatedStore.fail = None
+    assert coordinator.call("wishes")["served"] == number
+    saves.close()
+
+
+def test_what_cannot_be_removed_after_any_save_is_told_once(gate, monkeypatch):
+    gate.set()
+
+    def refuse(store, key):
+        raise StoreError(f"cannot delete {key!r}: no permission")
+
+    monkeypatch.setattr(Store, "delete", refuse)
+    saves, state, told, _ = started(every_steps=1, every_minutes=None, keep_last=1)
+    for state.step in range(1, 6):
+        saves.save_now(state)  # pyright: ignore[reportArgumentType]
+    assert sum("were not removed" in str(text) for text in told) == 1
     saves.close()
 
 
