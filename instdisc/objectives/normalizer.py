@@ -86,6 +86,5 @@ class Normalizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.started = state["started"]
-        if self.started:
-            self._constant.fill_(state["log_z_constant"])
-            self._running.fill_(state["log_z_running"])
+        self._constant.fill_(state["log_z_constant"] if self.started else self._log_num_rows)
+        self._running.fill_(state["log_z_running"] if self.started else self._log_num_rows)

@@ -79,6 +79,8 @@ class TrainState:
         self.batch_norm.load_running()
         for name, parameter in self.encoder.named_parameters():
             momentum = tensors.get(f"optimizer.momentum.{name}")
+            # A newer checkpoint that was found damaged may have left one where this one has none.
+            self.optimizer.state.pop(parameter, None)
             if momentum is not None:
                 # In the parameter's own layout (channels last): fused SGD goes over both memories side by side.
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)

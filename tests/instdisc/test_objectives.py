@@ -121,3 +121,11 @@ def test_a_batch_of_damaged_images_alone_leaves_z_as_it_was(kind):
     normalizer.observe([torch.empty(0, 3)], 0)
     assert normalizer.log_z.item() == pytest.approx(math.log(10) - 60)
     assert normalizer.running_log_z.isfinite()
+
+
+def test_a_normaliser_that_takes_over_an_older_state_keeps_nothing_of_its_own():
+    make = lambda: Normalizer(kind="ema", decay=0.5, num_rows=10, temperature=1.0, device=torch.device("cpu"))  # noqa: E731
+    fresh, used = make(), make()
+    used.observe([torch.ones(1, 4)], 4)
+    used.load_state_dict(fresh.state_dict())
+    assert (used.log_z.item(), used.running_log_z.item()) == (fresh.log_z.item(), fresh.running_log_z.item())
