@@ -109,4 +109,5 @@ def train_worker(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
 
 def absolute(place: str) -> str:
     """Return a path as workers in other folders find it; a URI as it is."""
-    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+    path = place.removeprefix("file://")
+    return place if "://" in path else os.path.abspath(os.path.expanduser(path))

@@ -11,7 +11,9 @@ from instdisc import recipes
 from instdisc.cli.overrides import parse_overrides
 from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, flatten, resume_differences
 from instdisc.config_sections import ConfigError, OptimConfig
+from instdisc.launch import absolute
 from instdisc.overrides import OverrideError, field_names
+from instdisc.runs import Run
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -131,3 +133,12 @@ def test_a_configuration_with_fields_of_a_newer_version_is_refused():
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         OptimConfig().lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("place", ["runs/a", "file://runs/a", "~/runs/a", "file://~/runs/a"])
+def test_a_folder_means_the_same_place_in_every_process_however_it_is_written(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert absolute(place) == str(tmp_path / "runs/a")
+    assert Run(absolute(place)).folder == tmp_path / "runs/a"
+    assert absolute("s3://bucket") == "s3://bucket"
