@@ -57,7 +57,8 @@ class Holder:
         here = Holder.of_this_process()
         if (self.boot, self.pid_namespace) != (here.boot, here.pid_namespace):
             return False
-        return _started(self.pid) != self.started
+        started = _started(self.pid)
+        return started != self.started and not (started == "" and _is_another_users(self.pid))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -79,6 +80,17 @@ def _started(pid: int) -> str:
     """Return when a process started, in ticks since boot; "" if there is none or it is a zombie."""
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] != "Z" else ""
+
+
+def _is_another_users(pid: int) -> bool:
+    """Whether a process lives about which this user may know nothing else (/proc mounted with hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _text(path: str) -> str:

@@ -306,3 +306,15 @@ def test_a_driver_that_is_refused_has_begun_no_attempt(uri):
     service.close()
     assert not read_heartbeat(Store(uri))["released"]
     start(Store(uri), coordinator=InlineCoordination(Store(uri)))
+
+
+def test_a_process_of_another_user_of_which_nothing_can_be_seen_is_not_taken_for_dead(monkeypatch):
+    """With /proc mounted with hidepid, as on some shared machines."""
+
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    holder = replace(Holder.of_this_process(), token="another", pid=1, started="12345")
+    monkeypatch.setattr("cluster.lease._started", lambda pid: "")
+    monkeypatch.setattr("os.kill", refuse)
+    assert not holder.is_surely_dead()
