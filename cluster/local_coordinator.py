@@ -6,6 +6,7 @@ Requests and answers are JSON texts; nothing that comes through the socket is ex
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -32,12 +33,27 @@ GONE_TIMEOUT_S = 120.0
 """How long calls wait for a coordinator that is being started again."""
 MAX_STARTS = 100
 _PAUSE_S = 0.05
+_LONGEST_PLACE = 70
+"""Bytes of the path of the temporary folder: sockets have 107, of which Python's fork server adds 32."""
 _CLOSE = b"close"
 
 
 def socket_of(folder: str) -> str:
     """Return the address of the coordinator whose socket is in a folder."""
     return os.path.join(folder, "coordinator")
+
+
+def make_socket_folder() -> str:
+    """Return a new folder for sockets, for this user alone. OSError where their addresses would be too long."""
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _LONGEST_PLACE:
+        raise OSError(
+            errno.ENAMETOOLONG,
+            f"the temporary folder's path has {len(os.fsencode(place))} bytes, expected at most {_LONGEST_PLACE}, as "
+            "sockets lie in it; set TMPDIR to a shorter one, such as /tmp, or train in this process (workers=0)",
+            place,
+        )
+    return tempfile.mkdtemp(prefix="npid-")
 
 
 def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
@@ -111,8 +127,9 @@ class LocalCoordinator:
         """Start the process; calls wait until it listens."""
         self._num_starts += 1
         arguments = (self._spec.to_json(), self._folder, dict(os.environ))
-        self._process = self._context.Process(target=serve, args=arguments, name="coordinator")
-        self._process.start()
+        process = self._context.Process(target=serve, args=arguments, name="coordinator")
+        process.start()
+        self._process = process  # one that could not be started cannot be ended, either
 
     def start_again_if_dead(self) -> None:
         """Start the process again if it has ended. CoordinatorGoneError if that happens all the time."""
@@ -131,12 +148,14 @@ class LocalCoordinator:
         """Let the process release the run and end; end it where it does not."""
         if self._process is None:
             return
-        close_coordinator(self._folder)
-        self._process.join(CLOSE_TIMEOUT_S)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
-        self._process.close()
+        try:
+            close_coordinator(self._folder)
+            self._process.join(CLOSE_TIMEOUT_S)
+        finally:
+            if self._process.exitcode is None:
+                self._process.kill()
+                self._process.join()
+            self._process.close()
 
 
 class LocalCoordination:
@@ -157,14 +176,16 @@ class LocalCoordination:
                     if self._connection is None:
                         self._connection = Client(self._address, family="AF_UNIX")
                     self._connection.send_bytes(request)
-                    return unpacked(self._connection.recv_bytes().decode())
-                except (EOFError, ConnectionError, FileNotFoundError) as error:
+                    answer = self._connection.recv_bytes().decode()
+                    break
+                except (EOFError, OSError) as error:  # of the socket; a plain OSError in the middle of a message
                     self._connection = None
                     if time.monotonic() > deadline:
                         raise CoordinatorGoneError(
-                            f"the coordinator at {self._address} does not answer for {GONE_TIMEOUT_S:.0f} s"
+                            f"the coordinator at {self._address} does not answer for {GONE_TIMEOUT_S:.0f} s: {error!r}"
                         ) from error
                     time.sleep(_PAUSE_S)
+        return unpacked(answer)
 
 
 class HostedCoordination:
@@ -178,7 +199,7 @@ class HostedCoordination:
         if worker.world_size == 1:
             return
         if self._service is not None:
-            self._folder = tempfile.mkdtemp(prefix="npid-")
+            self._folder = make_socket_folder()
             self._listener = listen(self._service, self._folder, threading.Event())
         folder = worker.all_gather_object(self._folder)[0]
         self._coordination = LocalCoordination(folder) if worker.rank else None

@@ -15,7 +15,6 @@ import os
 import pickle
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -27,7 +26,7 @@ from cluster.environment import environment
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
 from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
-from cluster.local_coordinator import LocalCoordinator
+from cluster.local_coordinator import LocalCoordinator, make_socket_folder
 from cluster.process_group import thread_environment
 
 POLL_INTERVAL_S = 0.1
@@ -99,7 +98,7 @@ def run_processes(
             on_event(json.loads(event))
 
     call = _pickled_call(fn, args)
-    folder = tempfile.mkdtemp(prefix="npid-")
+    folder = make_socket_folder()
     workers: list[LocalProcess] = []
     supervised = LocalCoordinator(coordinator, folder, _context(preload)) if coordinator else None
     try:
@@ -120,10 +119,15 @@ def run_processes(
         _supervise(workers, interrupts, handle_event, supervised)
         return [pickle.loads(worker.result or b"") for worker in workers]
     finally:
-        _end_all(workers)
-        if supervised is not None:
-            supervised.end()
-        shutil.rmtree(folder, ignore_errors=True)
+        # Whoever presses Ctrl-C again and again must not leave a coordinator behind that goes on holding the run.
+        try:
+            _end_all(workers)
+        finally:
+            try:
+                if supervised is not None:
+                    supervised.end()
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pickled_call(fn: Callable[..., Any], args: tuple) -> bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -19,12 +21,20 @@ from checkpoint_content import assert_holds, save, start
 from checkpoint_fakes import ThreadWorker, run_group
 
 from cluster.checkpoint import CoordinatorGoneError, Retention, RunHeldError, SupersededError, read_latest
-from cluster.coordination import CoordinatorSpec
+from cluster.coordination import CoordinatorSpec, answered
 from cluster.coordinator import Coordinator
 from cluster.lease import KEY, Holder, read_heartbeat
-from cluster.local_coordinator import LocalCoordination, close_coordinator, serve, socket_of
+from cluster.local_coordinator import (
+    LocalCoordination,
+    LocalCoordinator,
+    close_coordinator,
+    listen,
+    serve,
+    socket_of,
+)
 from cluster.manifest import encode_document
-from cluster.store import Store
+from cluster.store import ObjectMissingError, Store
+from cluster.worker import run_local
 
 TIMEOUT_S = 60
 
@@ -223,3 +233,65 @@ def is_alive(pid: int) -> bool:
 def test_a_spec_goes_through_its_text_unchanged():
     spec = CoordinatorSpec(uri="s3://bucket/run", retention=Retention(last=2, every_steps=100, best="knn"))
     assert CoordinatorSpec.from_json(spec.to_json()) == spec
+
+
+def test_what_is_not_there_is_no_coordinator_that_is_gone(tmp_path):
+    """The coordinator's answer that an object is missing is a FileNotFoundError, as is a missing socket."""
+
+    class Missing:
+        def answer(self, request: str) -> str:
+            def method() -> None:
+                raise ObjectMissingError("cannot read 'manifests/1.json'")
+
+            return answered(request, {"begin_attempt": method})
+
+    folder = tempfile.mkdtemp(prefix="npid-")
+    listener = listen(Missing(), folder, threading.Event())  # pyright: ignore[reportArgumentType]
+    started_s = time.monotonic()
+    with pytest.raises(ObjectMissingError, match="cannot read"):
+        LocalCoordination(folder).call("begin_attempt")
+    assert time.monotonic() - started_s < 10
+    listener.close()
+    shutil.rmtree(folder)
+
+
+def test_a_coordinator_killed_in_the_middle_of_an_answer_is_asked_again():
+    folder = tempfile.mkdtemp(prefix="npid-")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(socket_of(folder))
+    server.listen()
+
+    def answer() -> None:
+        answer = json.dumps({"result": "x" * 100}).encode()
+        for sent in (answer[:10], answer):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(len(answer).to_bytes(4, "big") + sent)
+
+    threading.Thread(target=answer, daemon=True).start()
+    assert LocalCoordination(folder).call("wishes") == "x" * 100
+    server.close()
+    shutil.rmtree(folder)
+
+
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_named(tmp_path, monkeypatch):
+    place = tmp_path / ("x" * 80)
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    with pytest.raises(OSError, match="set TMPDIR to a shorter one"):
+        run_local(time.sleep, 1, coordinator=CoordinatorSpec(uri=str(tmp_path / "run")))
+
+
+def test_a_coordinator_that_cannot_be_started_is_no_reason_to_fail_at_the_end(tmp_path):
+    class NoProcess:
+        def Process(self, **arguments):
+            return self
+
+        def start(self) -> None:
+            raise BlockingIOError("no more processes")
+
+    coordinator = LocalCoordinator(CoordinatorSpec(uri=str(tmp_path)), str(tmp_path), NoProcess())  # pyright: ignore
+    with pytest.raises(BlockingIOError):
+        coordinator.start()
+    coordinator.end()
