@@ -69,6 +69,8 @@ def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     assert parent is not None
     while not closing.is_set():
         if wait([parent.sentinel], _PAUSE_S):
+            # Workers do that, too, but the socket may be younger than they are.
+            shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
     listener.close()
     service.close()
