@@ -157,7 +157,7 @@ class Lease:
             self._resume(found)
         if not self._held:
             return True
-        if found is not None and found["holder"]["token"] != self._holder.token:
+        if self._is_anothers(found):
             self._held = False
             return False
         self._beats += 1
@@ -171,8 +171,12 @@ class Lease:
                 self._resume(self._read())
             was_held = self._held
             self._held, self._released = False, True
-            if was_held:
+            if was_held and not self._is_anothers(self._read()):
                 self._put(released=True)
+
+    def _is_anothers(self, found: dict[str, Any] | None) -> bool:
+        """Whether a heartbeat is of another process, or of another training of this one, which took the run later."""
+        return found is not None and (found["holder"]["token"], found["since"]) != (self._holder.token, self._since)
 
     def _resume(self, found: dict[str, Any] | None) -> None:
         """Go on with the lease that this holder took before its coordinator was killed and started again."""

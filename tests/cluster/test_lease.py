@@ -318,3 +318,16 @@ def test_a_process_of_another_user_of_which_nothing_can_be_seen_is_not_taken_for
     monkeypatch.setattr("cluster.lease._started", lambda pid: "")
     monkeypatch.setattr("os.kill", refuse)
     assert not holder.is_surely_dead()
+
+
+def test_a_training_that_another_of_its_process_replaced_does_not_release_what_that_one_holds(uri):
+    first, second = (lease_of(Store(uri), Clock(), Holder.of_this_process()) for _ in range(2))
+    first.take()
+    assert first.beat()
+    time.sleep(1.1)  # seconds tell them apart
+    second.take()
+    first.release()
+    assert not read_heartbeat(Store(uri))["released"]
+    assert second.beat()
+    second.release()
+    assert read_heartbeat(Store(uri))["released"]
