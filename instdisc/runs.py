@@ -91,7 +91,8 @@ class Run:
     def agree_on_config(self, asked: TrainConfig, *, workers: int = 1) -> TrainConfig:
         """Store the configuration at the first start; later return `asked` with what the first start decided.
 
-        What may change when a run goes on is stored as well. A start that never saw its images decided nothing.
+        What may change when a run goes on is stored by whoever then trains it (`keep_config`): here nobody knows yet
+        whether another process does. A start that never saw its images decided nothing.
         workers: of this start; the normalisation group follows from it if none is asked for. Raises ConfigError where
         a field differs that may not change.
         """
@@ -100,9 +101,13 @@ class Run:
             return agreed
         if self.store.exists(DIGEST):
             group = self.require_same_config(asked).optim.norm_group
-            agreed = asked.with_overrides({"optim.norm_group": group})
-        self.store.put(CONFIG, agreed.to_json().encode())
+            return asked.with_overrides({"optim.norm_group": group})
+        self.keep_config(agreed)
         return agreed
+
+    def keep_config(self, config: TrainConfig) -> None:
+        """Store the configuration of who trains the run now."""
+        self.store.put(CONFIG, config.to_json().encode())
 
     def require_same_config(self, asked: TrainConfig) -> TrainConfig:
         """Return the stored configuration; raise ConfigError where `asked` differs in what may not change."""

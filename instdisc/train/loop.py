@@ -126,6 +126,9 @@ class Training:
         if self.saves.restore(self.state):
             text = f"continuing from the checkpoint of step {self.state.step:,} of {self.num_steps:,}"
             self.worker.emit({"kind": "message", "text": text, "keep": True})
+        if self.worker.rank == 0:
+            # Only now: a process that was refused, because this one trains the run, must not leave its own there.
+            self.run.keep_config(self.config)
         self.monitor.open_events(self.state.step)
 
     def _has_appointment(self) -> bool:
