@@ -100,13 +100,15 @@ class CoordinatorService:
         return answered(request, self._methods())
 
     def close(self) -> None:
-        """Stop working and release the run."""
+        """Stop working and release the run. A store that does not answer is not waited for."""
         self._closing.set()
         self._arrived.set()
         for thread in self._threads:
             thread.join(CLOSE_TIMEOUT_S)
-        with suppress(OSError):  # others find that the heartbeat has stopped
-            self._lease.release()
+        # In a thread: requests are repeated for minutes.
+        releasing = threading.Thread(target=self._release, name="coordinator-release", daemon=True)
+        releasing.start()
+        releasing.join(CLOSE_TIMEOUT_S)
 
     def begin_attempt(self) -> dict[str, Any]:
         """Take the run's lease, then `Coordinator.begin_attempt`. StoreError where a create can overwrite."""
@@ -149,6 +151,10 @@ class CoordinatorService:
             "want_save": self.want_save,
             "wishes": self.wishes,
         }
+
+    def _release(self) -> None:
+        with suppress(OSError):  # others find that the heartbeat has stopped
+            self._lease.release()
 
     def _commit(self) -> None:
         while not self._closing.is_set():

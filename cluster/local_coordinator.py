@@ -31,6 +31,8 @@ from cluster.process_name import set_process_name
 
 GONE_TIMEOUT_S = 120.0
 """How long calls wait for a coordinator that is being started again."""
+CALL_TIMEOUT_S = 900.0
+"""For one call; the longest waits for another driver's heartbeat, and reads an unwilling store."""
 MAX_STARTS = 100
 _PAUSE_S = 0.05
 _LONGEST_PLACE = 70
@@ -171,23 +173,35 @@ class LocalCoordination:
     def call(self, method: str, **arguments: Any) -> Any:
         """See `coordination.Coordination.call`."""
         request = packed(method, arguments).encode()
-        deadline = time.monotonic() + GONE_TIMEOUT_S
+        deadline: float | None = None
         with self._lock:
             while True:
                 try:
-                    if self._connection is None:
-                        self._connection = Client(self._address, family="AF_UNIX")
-                    self._connection.send_bytes(request)
-                    answer = self._connection.recv_bytes().decode()
+                    answer = self._exchange(request)
                     break
                 except (EOFError, OSError) as error:  # of the socket; a plain OSError in the middle of a message
                     self._connection = None
+                    # From the first failure: the call itself may have been at work for long.
+                    deadline = deadline or time.monotonic() + GONE_TIMEOUT_S
                     if time.monotonic() > deadline:
                         raise CoordinatorGoneError(
                             f"the coordinator at {self._address} does not answer for {GONE_TIMEOUT_S:.0f} s: {error!r}"
                         ) from error
                     time.sleep(_PAUSE_S)
+            if answer is None:
+                self._connection = None
+                raise CoordinatorGoneError(
+                    f"the coordinator at {self._address} is there but has not answered {method!r} for "
+                    f"{CALL_TIMEOUT_S:.0f} s"
+                )
         return unpacked(answer)
+
+    def _exchange(self, request: bytes) -> str | None:
+        """Return the answer to a request, None where there is none in time."""
+        if self._connection is None:
+            self._connection = Client(self._address, family="AF_UNIX")
+        self._connection.send_bytes(request)
+        return self._connection.recv_bytes().decode() if self._connection.poll(CALL_TIMEOUT_S) else None
 
 
 class HostedCoordination:

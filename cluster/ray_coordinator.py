@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.coordination import CoordinatorGoneError, CoordinatorService, CoordinatorSpec, packed, unpacked
 
@@ -59,12 +59,14 @@ class RayCoordination:
     def call(self, method: str, **arguments: Any) -> Any:
         """See `coordination.Coordination.call`."""
         request = packed(method, arguments)
-        deadline = time.monotonic() + GONE_TIMEOUT_S
+        deadline: float | None = None
         while True:
             try:
                 return unpacked(ray.get(self._actor.answer.remote(request), timeout=CALL_TIMEOUT_S))
             except RayError as error:
-                if time.monotonic() > deadline:
+                # From the first failure: the call itself may have been at work for long.
+                deadline = deadline or time.monotonic() + GONE_TIMEOUT_S
+                if time.monotonic() > deadline or isinstance(error, GetTimeoutError):
                     raise CoordinatorGoneError(
                         f"the coordinator's actor does not answer for {GONE_TIMEOUT_S:.0f} s: {error}"
                     ) from error

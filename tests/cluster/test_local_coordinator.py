@@ -275,12 +275,86 @@ def test_a_coordinator_killed_in_the_middle_of_an_answer_is_asked_again():
     shutil.rmtree(folder)
 
 
+def test_a_coordinator_that_dies_in_a_long_call_is_waited_for_as_in_a_short_one(monkeypatch):
+    monkeypatch.setattr("cluster.local_coordinator.GONE_TIMEOUT_S", 0.3)
+    folder = tempfile.mkdtemp(prefix="npid-")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(socket_of(folder))
+    server.listen()
+
+    def answer() -> None:
+        for seconds, answer in ((0.6, b""), (0.0, b'{"result": 1}')):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                time.sleep(seconds)
+                if answer:
+                    connection.sendall(len(answer).to_bytes(4, "big") + answer)
+
+    threading.Thread(target=answer, daemon=True).start()
+    assert LocalCoordination(folder).call("begin_attempt") == 1
+    server.close()
+    shutil.rmtree(folder)
+
+
+def test_a_coordinator_that_stands_still_is_named_and_not_waited_for_for_ever(monkeypatch):
+    monkeypatch.setattr("cluster.local_coordinator.CALL_TIMEOUT_S", 0.2)
+    folder = tempfile.mkdtemp(prefix="npid-")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(socket_of(folder))
+    server.listen()
+    with pytest.raises(CoordinatorGoneError, match="is there but has not answered 'wishes'"):
+        LocalCoordination(folder).call("wishes")
+    server.close()
+    shutil.rmtree(folder)
+
+
 def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_named(tmp_path, monkeypatch):
     place = tmp_path / ("x" * 80)
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     with pytest.raises(OSError, match="set TMPDIR to a shorter one"):
         run_local(time.sleep, 1, coordinator=CoordinatorSpec(uri=str(tmp_path / "run")))
+
+
+def test_an_impatient_ctrl_c_leaves_no_coordinator_that_goes_on_holding_the_run(tmp_path):
+    class Process:
+        exitcode: int | None = None
+        interrupted = killed = False
+
+        def Process(self, **arguments):
+            return self
+
+        def start(self) -> None: ...
+
+        def join(self, timeout_s: float | None = None) -> None:
+            if not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+
+        def kill(self) -> None:
+            self.killed = True
+
+        def close(self) -> None: ...
+
+    process = Process()
+    coordinator = LocalCoordinator(CoordinatorSpec(uri=str(tmp_path)), str(tmp_path), process)  # pyright: ignore
+    coordinator.start()
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.end()
+    assert process.killed
+
+
+def test_a_run_whose_store_no_longer_answers_ends_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.coordination.CLOSE_TIMEOUT_S", 0.2)
+    service = CoordinatorSpec(uri=str(tmp_path / "run")).start()
+    service.begin_attempt()
+    answers = threading.Event()
+    monkeypatch.setattr(Store, "put", lambda *arguments: answers.wait(TIMEOUT_S))
+    started_s = time.monotonic()
+    service.close()
+    assert time.monotonic() - started_s < 5
+    answers.set()
 
 
 def test_a_coordinator_that_cannot_be_started_is_no_reason_to_fail_at_the_end(tmp_path):
