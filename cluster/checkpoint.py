@@ -13,32 +13,28 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from torch import Tensor
 
+from cluster.agreement import WorkerLike, gather
 from cluster.attempts import SupersededError
-from cluster.checkpoint_reader import (
-    Checkpoint,
-    CheckpointDeletedError,
-    read_latest,
-    verify_share,
-)
-from cluster.checkpoint_writer import write_part
+from cluster.checkpoint_reader import Checkpoint, CheckpointDeletedError, read_latest
 from cluster.coordination import Coordination, CoordinatorGoneError, CoordinatorSpec
-from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, SaveId
+from cluster.coordinator import COMMITTED, SUPERSEDED, SaveId
 from cluster.lease import RunHeldError
 from cluster.local_coordinator import HostedCoordination
-from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
+from cluster.manifest import ManifestId
 from cluster.parts import Growth
-from cluster.patience import is_transient
 from cluster.phase import Phase, phase
+from cluster.restoring import Restoring
 from cluster.retention import Retention
 from cluster.row_guard import RowGuard
 from cluster.row_table import RowTable
+from cluster.save_job import SaveJob
 from cluster.snapshot import Snapshot, SnapshotTaker
-from cluster.store import ObjectMissingError, Store
-from cluster.stored_object import CheckpointError, DamagedObjectError, SaveFailedError
+from cluster.store import Store
+from cluster.stored_object import CheckpointError, SaveFailedError
 from cluster.uploads import Pace
 
 __all__ = [
@@ -58,17 +54,6 @@ __all__ = [
     "read_latest",
 ]
 WISH_INTERVAL_S = 1.0
-_FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 1.0
-
-
-class WorkerLike(Protocol):
-    """What a checkpointer needs of a worker: its place in the group, and the control plane."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    def all_gather_object(self, obj: Any) -> list[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,28 +135,16 @@ class Checkpointer:
         is of a newer format or of another configuration; RunHeldError if another process trains this run.
         """
         with phase(Phase.RESTORE):
-            begun = self._gather("begin an attempt", lambda: self._of_rank_0("begin_attempt"))[0]
+            begun = gather(self._worker, "begin an attempt", lambda: self._of_rank_0("begin_attempt"))[0]
             self._attempt = int(begun["attempt"])
-            self._damaged = [ManifestId(*id) for id in begun["damaged"]]
-            chain = [ManifestId(*id) for id in begun["chain"]]
-            for id in reversed(chain):
-                manifest, problems = self._try(id, load)
-                if manifest:
-                    self._last = id
-                    return Checkpoint(self._store, manifest, num_threads=self._num_threads)
-                self._damaged.append(id)
-                more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-                self.warnings.append(
-                    f"the checkpoint of {describe([id])} is damaged and was skipped: {problems[0]}{more}; it is kept "
-                    "for inspection"
-                )
-            if chain:
-                raise CheckpointError(
-                    f"no checkpoint of {self._store.uri} is intact, {len(chain)} tried: {'; '.join(self.warnings)}; "
-                    "put the damaged objects back from a copy, or start a new run under another URI"
-                )
-            self._last = None
-            return None
+            restoring = Restoring(self._store, self._worker, load, self._digests, self._num_threads)
+            restoring.damaged.extend(ManifestId(*id) for id in begun["damaged"])
+            # The caller's list, so that what was found stands there even if nothing is intact.
+            restoring.warnings = self.warnings
+            checkpoint = restoring.newest_intact([ManifestId(*id) for id in begun["chain"]])
+            self._damaged = restoring.damaged
+            self._last = checkpoint.manifest.id if checkpoint else None
+            return checkpoint
 
     def begin_attempt(self) -> int:
         """Start the attempt from what `restore` found, and return its number; then `save` may be called. Collective.
@@ -179,7 +152,8 @@ class Checkpointer:
         From here on nothing that an older attempt saves is valid. CheckpointError if another process is still writing.
         """
         assert self._attempt is not None, "restore() comes before begin_attempt(): it says what the attempt starts from"
-        started = self._gather(
+        started = gather(
+            self._worker,
             "begin an attempt",
             lambda: self._of_rank_0("start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged),
         )[0]
@@ -232,8 +206,21 @@ class Checkpointer:
         except (ValueError, OSError) as error:
             snapshot = error
         stall_s = time.perf_counter() - started_s
+        job = SaveJob(
+            id=id,
+            snapshot=snapshot,
+            since=since,
+            rank=self._worker.rank,
+            world_size=self._worker.world_size,
+            store=self._store,
+            coordinator=self._coordinator,
+            block_rows=self._block_rows,
+            num_threads=self._num_threads,
+            pace=self._pace,
+            about={"digests": self._digests, "versions": self._versions, "wish": wish},
+        )
         self._pace.relax()
-        self._saving = id, stall_s, self._background.submit(self._write_and_agree, id, snapshot, since, wish)
+        self._saving = id, stall_s, self._background.submit(job.run)
 
     @property
     def is_saving(self) -> bool:
@@ -287,65 +274,6 @@ class Checkpointer:
     def _of_rank_0(self, method: str, **arguments: Any) -> Any:
         return self._coordinator.call(method, **arguments) if self._worker.rank == 0 else {}
 
-    def _gather(self, action: str, reply: Callable[[], Any]) -> list[Any]:
-        """Return every rank's reply, or raise the same CheckpointError on every rank if any of them failed."""
-        cause = None
-        try:
-            document = {"reply": reply()}
-        except Exception as error:
-            cause = error
-            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            document = {"error": text, "kind": type(error).__name__}
-        documents = self._worker.all_gather_object(document)
-        failures = [f"rank {rank}: {d['error']}" for rank, d in enumerate(documents) if "error" in d]
-        if failures:
-            kinds = {d.get("kind") for d in documents}
-            special = next((kind for kind in (SupersededError, RunHeldError) if kind.__name__ in kinds), None)
-            if special is not None:
-                raise special(next(d["error"] for d in documents if d.get("kind") == special.__name__)) from cause
-            raise CheckpointError(f"cannot {action}: {'; '.join(failures)}") from cause
-        return [d["reply"] for d in documents]
-
-    def _try(self, id: ManifestId, load: Callable[[Checkpoint], None] | None) -> tuple[Manifest | None, list[str]]:
-        """Return the manifest if everything of it that the ranks read is intact, else None and what is wrong."""
-        found: list[Manifest] = []
-
-        def read() -> list[str]:
-            if load is None:
-                manifest, problems = verify_share(
-                    self._store, id, self._worker.rank, self._worker.world_size, self._num_threads
-                )
-            else:
-                manifest, problems = self._load(id, load)
-            if problems and not self._store.exists(id.key):
-                raise CheckpointError(
-                    f"{id.key} in {self._store.uri} was deleted while it was read: another process still writes to "
-                    "this run; stop it and start again"
-                )
-            found.extend([manifest] if manifest else [])
-            return problems
-
-        replies = self._gather(f"read the checkpoint of {describe([id])}", read)
-        problems = list(dict.fromkeys(problem for reply in replies for problem in reply))
-        return (None if problems else found[0]), problems
-
-    def _load(self, id: ManifestId, load: Callable[[Checkpoint], None]) -> tuple[Manifest | None, list[str]]:
-        try:
-            manifest = read_manifest(self._store, id)
-        except (ManifestError, ObjectMissingError) as error:
-            return None, [str(error)]
-        differing = [n for n, digest in self._digests.items() if manifest.digests.get(n, digest) != digest]
-        if differing:
-            raise CheckpointError(
-                f"{id.key} in {self._store.uri} was saved with another {' and '.join(differing)}; put the checkpoints "
-                "of this run back, or start a new run under another URI"
-            )
-        try:
-            load(Checkpoint(self._store, manifest, num_threads=self._num_threads))
-        except DamagedObjectError as error:
-            return manifest, [str(error)]
-        return manifest, []
-
     def _base_for(self, step: int, tables: Mapping[str, RowTable]) -> ManifestId | None:
         """Return the checkpoint that the next save adds to, None if it writes whole tables; the same on all ranks."""
         if not self._incremental or self._last is None or self._growth is None:
@@ -353,52 +281,3 @@ class Checkpointer:
         known = {n: (t.num_rows, t.row_shape, t.dtype) for n, t in tables.items() if t.last_step is not None}
         rows = None if self._rows_per_step is None else (step - self._last.step) * self._rows_per_step
         return self._last if known and self._growth.allows_increment(known, rows) else None
-
-    def _write_and_agree(
-        self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None, wish: int
-    ) -> dict[str, Any]:
-        """Write this rank's part, tell the coordinator until it answers what became of the save, and return that."""
-        try:
-            with phase(Phase.UPLOAD):
-                message = self._write(id, snapshot, since)
-                message["part"]["wish"] = wish
-        except Exception as error:
-            text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-            message = {"error": text, "permanent": not is_transient(error)}
-        with phase(Phase.MANIFEST):
-            return self._agree(id, message)
-
-    def _write(self, id: SaveId, snapshot: Snapshot | Exception, since: ManifestId | None) -> dict[str, Any]:
-        if isinstance(snapshot, Exception):
-            raise snapshot
-        try:
-            part = write_part(
-                self._store,
-                id.prefix,
-                snapshot,
-                since=since,
-                block_rows=self._block_rows,
-                num_threads=self._num_threads,
-                pace=self._pace,
-            )
-        finally:
-            snapshot.release()
-        if self._worker.rank == 0:
-            part |= {"digests": self._digests, "versions": self._versions}
-        return {"part": part}
-
-    def _agree(self, id: SaveId, message: dict[str, Any]) -> dict[str, Any]:
-        place = {"attempt": id.attempt, "step": id.step, "number": id.number}
-        pause_s = _FIRST_POLL_S
-        try:
-            while True:
-                # Said again each time: a coordinator that was started again knows nothing of it.
-                outcome = self._coordinator.call(
-                    "acknowledge", **place, rank=self._worker.rank, world_size=self._worker.world_size, message=message
-                )
-                if outcome["state"] != COLLECTING:
-                    return outcome
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_POLL_S)
-        except OSError as error:
-            return {"state": "failed", "error": str(error), "permanent": True}

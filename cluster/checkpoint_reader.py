@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.attempts import read_history
@@ -119,7 +120,13 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
-        return deserialize(self._read(self.manifest.tensors))
+        data = self._read(self.manifest.tensors)
+        try:
+            return deserialize(data)
+        except SafetensorError as error:
+            raise DamagedObjectError(
+                f"object {self.manifest.tensors.key} in {self._store.uri} is not in the safetensors format: {error}"
+            ) from error
 
     def _table(self, name: str) -> StoredTable:
         if name not in self.tables:

@@ -66,14 +66,14 @@ class CoordinatorSpec:
     def start(self) -> CoordinatorService:
         """Return a coordinator at work in this process."""
         store = Store(self.uri)
-        return CoordinatorService(Coordinator(store, retention=self.retention), Lease(store, self.holder))
+        return CoordinatorService(store, Coordinator(store, retention=self.retention), Lease(store, self.holder))
 
 
 class CoordinatorService:
     """A coordinator at work: a thread commits what is complete, another renews the heartbeat. Close it."""
 
-    def __init__(self, coordinator: Coordinator, lease: Lease) -> None:
-        self._coordinator, self._lease = coordinator, lease
+    def __init__(self, store: Store, coordinator: Coordinator, lease: Lease) -> None:
+        self._store, self._coordinator, self._lease = store, coordinator, lease
         self._closing = threading.Event()
         self._arrived = threading.Event()
         self._wanted_saves = 0
@@ -103,7 +103,9 @@ class CoordinatorService:
             self._lease.release()
 
     def begin_attempt(self) -> dict[str, Any]:
-        """Take the run's lease, then `Coordinator.begin_attempt`."""
+        """Take the run's lease, then `Coordinator.begin_attempt`. StoreError where a create can overwrite."""
+        if self._store.protocol not in ("file", "memory"):
+            self._store.require_exclusive_create()
         self._lease.take()
         return self._coordinator.begin_attempt()
 

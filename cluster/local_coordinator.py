@@ -15,8 +15,9 @@ import threading
 import time
 from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any, Protocol
+from typing import Any
 
+from cluster.agreement import WorkerLike
 from cluster.coordination import (
     CLOSE_TIMEOUT_S,
     CoordinatorGoneError,
@@ -163,16 +164,6 @@ class LocalCoordination:
                             f"the coordinator at {self._address} does not answer for {GONE_TIMEOUT_S:.0f} s"
                         ) from error
                     time.sleep(_PAUSE_S)
-
-
-class WorkerLike(Protocol):
-    """What hosting a coordinator needs of a worker."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    def all_gather_object(self, obj: Any) -> list[Any]: ...
 
 
 class HostedCoordination:

@@ -20,7 +20,8 @@ _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 class LocalFiles:
     """The operations of a `Store` on absolute paths of a local file system. Raises plain OSErrors."""
 
-    errors = (OSError,)
+    errors: tuple[type[Exception], ...] = (OSError,)
+    endpoint = None
 
     def put(self, path: str, parts: Sequence[memoryview]) -> None:
         """Write the concatenated parts to `path`, replacing what is there in one step."""

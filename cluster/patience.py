@@ -1,7 +1,7 @@
-"""Retries of reads from a storage that is there but does not answer well: 503, stalls, resets, a restart.
+"""Retries of requests to a storage that is there but does not answer well: 503, stalls, resets, a restart.
 
-The client library retries a request a few times within seconds. What is done here is to outlast a server that is gone
-for minutes. A place that never answered is given up soon: its address is probably wrong.
+What is retried may have been carried out, its answer lost: only what may be done twice goes through here. A server that
+is gone for minutes is outlasted. A place that never answered is given up soon: its address is probably wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+from cluster.s3_errors import chain, code_of
 
 _LOG = logging.getLogger("instdisc.storage")
 Result = TypeVar("Result")
@@ -31,14 +33,24 @@ _TRANSIENT_CODES = frozenset(
     {
         *("SlowDown", "ErrTooManyRequest", "TooManyRequests", "Throttling", "ThrottlingException"),
         *("RequestLimitExceeded", "BandwidthLimitExceeded", "RequestTimeout", "RequestTimeoutException"),
-        *("InternalError", "ServiceUnavailable"),
+        *("InternalError", "ServiceUnavailable", "RequestThrottled"),
+        # Two conditional writes of one key at the same time: neither is told to have lost.
+        *("ConditionalRequestConflict", "OperationAborted"),
+        # Bytes that changed on the way.
+        *("BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody"),
+    }
+)
+_TRANSIENT_NAMES = frozenset(
+    {
+        *("HTTPClientError", "ConnectionError", "ResponseStreamingError", "ClientPayloadError", "ClientOSError"),
+        *("ServerDisconnectedError", "IncompleteReadError", "FlexibleChecksumError", "ResponseParserError"),
     }
 )
 _TRANSIENT_STATUS = (429, 500, 502, 503, 504)
 
 
 class Patience:
-    """Calls reads again until they succeed, for as long as waiting makes sense. Safe in threads."""
+    """Makes requests again until they succeed, for as long as waiting makes sense. Safe in threads."""
 
     def __init__(self, place: str, patience_s: float = PATIENCE_S) -> None:
         self._place, self._patience_s = place, patience_s
@@ -53,6 +65,7 @@ class Patience:
             try:
                 result = function()
             except Exception as error:
+                self._answered = self._answered or _is_an_answer(error)
                 waited_s = time.monotonic() - started_s
                 limit_s = self._patience_s if self._answered else min(self._patience_s, FIRST_PATIENCE_S)
                 if not is_transient(error) or waited_s + pause_s > limit_s:
@@ -77,22 +90,26 @@ class Patience:
 
 def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: what a network or a busy server does, unlike a wrong name or password."""
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in chain(error):
         if isinstance(seen, (ConnectionError, TimeoutError, asyncio.TimeoutError, asyncio.IncompleteReadError)):
             return True
         if isinstance(seen, OSError) and seen.errno in _TRANSIENT_NUMBERS:
             return True
         if _is_transient_of_a_client(seen):
             return True
-        seen = seen.__cause__
     return False
+
+
+def _is_an_answer(error: BaseException) -> bool:
+    """Whether a storage said this itself, in its own words; a bare 503 may come from anything at that address."""
+    code = code_of(error)
+    return bool(code) and not str(code).isdigit()
 
 
 def _is_transient_of_a_client(error: BaseException) -> bool:
     # By name: the libraries of S3 are imported only where S3 is used.
     names = {kind.__name__ for kind in type(error).__mro__}
-    if names & {"HTTPClientError", "ConnectionError", "ResponseStreamingError", "ClientPayloadError", "ClientOSError"}:
+    if names & _TRANSIENT_NAMES:
         return True
     response = getattr(error, "response", None)
     if not isinstance(response, dict):

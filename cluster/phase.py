@@ -33,10 +33,11 @@ _current: dict[tuple[int, int], Phase] = {}
 _files: dict[int, int] = {}
 
 
-def enter(new: Phase) -> None:
-    """Say what this process does from now on."""
+def enter(new: Phase, step: int) -> None:
+    """Say what this process does from now on, and how many steps it has made."""
     if VARIABLE in os.environ:
         _write(new in _BACKGROUND, new)
+        os.pwrite(_files[os.getpid()], f"{step:{_WIDTH}d}".encode(), 2 * _WIDTH)
 
 
 @contextmanager
@@ -54,14 +55,16 @@ def phase(new: Phase) -> Iterator[None]:
         _write(slot, before)
 
 
-def read_phase(folder: Path, pid: int) -> Phase | None:
-    """Return what a process was doing last: the save in the background, if there was one; None if it said nothing."""
+def read_phase(folder: Path, pid: int) -> tuple[Phase, int] | None:
+    """Return what a process was doing last, the save in the background if there was one, and how many steps it had
+    made (-1: none yet). None if it said nothing.
+    """
     try:
-        text = (folder / str(pid)).read_text()
+        text = (folder / str(pid)).read_text().ljust(3 * _WIDTH)
     except OSError:
         return None
-    words = [text[_WIDTH:].strip("\0 "), text[:_WIDTH].strip("\0 ")]
-    return next((Phase(word) for word in words if word), None)
+    foreground, background, step = (text[at : at + _WIDTH].strip("\0 ") for at in range(0, 3 * _WIDTH, _WIDTH))
+    return Phase(background or foreground or Phase.START), int(step or -1)
 
 
 def _write(slot: bool, new: Phase | None) -> None:

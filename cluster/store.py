@@ -7,17 +7,21 @@ rests on these two promises and on nothing else.
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Protocol, TypeAlias
+from contextlib import contextmanager, suppress
+from typing import Protocol, TypeAlias
+from uuid import uuid4
 
 import fsspec
 
+from cluster import patience
 from cluster.local_files import TEMPORARY, LocalFiles
-from cluster.patience import PATIENCE_S, Patience
+from cluster.patience import Patience
+from cluster.remote_objects import RemoteObjects
+from cluster.store_errors import ObjectMissingError, StoreError, explain, without_users
+
+__all__ = ["Buffer", "ObjectMissingError", "Store", "StoreError", "check_key"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -25,32 +29,13 @@ _CREATING = ("file", "memory", "s3")
 """Protocols on which `create` lets exactly one writer win; from others of fsspec's images are read."""
 _WEB = ("http", "https")
 """Protocols without a way to list, to write whole objects or to ask for a part and get just that."""
-_S3_CONFIG = {"max_pool_connections": 64, "connect_timeout": 5, "read_timeout": 30}
-_ADVICE = {
-    errno.EACCES: "no permission; check the owner and the rights of this place, or choose another URI",
-    errno.ENOSPC: "the disk is full; free space there, or choose another URI",
-    errno.EDQUOT: "the disk quota is used up; free space there, or choose another URI",
-    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another URI",
-    errno.EISDIR: "a folder stands where a file is expected; choose another URI",
-    errno.EROFS: "the file system is read-only; mount it writable, or choose another URI",
-    errno.EIO: "the disk reports an input/output error; check its health, or choose another URI",
-    errno.EOPNOTSUPP: "checkpoints on a folder need hard links; choose a local disk, NFS or s3://",
-}
-_ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
-_memory_lock = threading.Lock()
-
-
-class StoreError(OSError):
-    """A store cannot do what was asked: the text says what, where, why and what to do."""
-
-
-class ObjectMissingError(StoreError, FileNotFoundError):
-    """There is no object under the key."""
 
 
 class _Backend(Protocol):
     @property
     def errors(self) -> tuple[type[Exception], ...]: ...
+    @property
+    def endpoint(self) -> str | None: ...
     def put(self, path: str, parts: Sequence[memoryview]) -> None: ...
     def create(self, path: str, data: memoryview) -> None: ...
     def get(self, path: str, start: int | None, stop: int | None) -> bytes: ...
@@ -65,15 +50,17 @@ class Store:
     as its URI.
 
     Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative; what is
-    written has a plain key (`check_key`), what is read may have any that lies inside. Reads are tried again, for
-    minutes, where a remote storage answered before and does not now.
+    written has a plain key (`check_key`), what is read may have any that lies inside. What fails in passing is tried
+    again, for minutes where a remote storage answered before, for seconds where it never did.
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.protocol, self.root = _split(os.fspath(uri))
         self.uri = self.root if self.protocol == "file" else f"{self.protocol}://{self.root.lstrip('/')}"
         self._connection: tuple[int, _Backend] | None = None
-        self._patience = Patience(self.uri, 0.0 if self.protocol in ("file", "memory") else PATIENCE_S)
+        self._patience = Patience(
+            without_users(self.uri), 0.0 if self.protocol in ("file", "memory") else patience.PATIENCE_S
+        )
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -84,7 +71,8 @@ class Store:
     def put(self, key: str, *parts: Buffer) -> None:
         """Write an object, the concatenation of `parts`, replacing what is there. It is durable on return.
 
-        parts: bytes or one-dimensional views of bytes; S3 and memory copy them, a folder does not.
+        parts: bytes or one-dimensional views of bytes, which nothing may change meanwhile. A folder and S3 do not copy
+        them, memory does.
         """
         with self._explained("write", key):
             self._backend().put(self._path(key), [memoryview(part) for part in parts])
@@ -117,7 +105,7 @@ class Store:
         """Return an object's bytes [start, stop), fewer where it ends before. ObjectMissingError if there is none."""
         with self._explained("read", key):
             path = self._path_to_read(key)
-            return self._patience.call(lambda: self._backend().get(path, start, stop))
+            return self._backend().get(path, start, stop)
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted. What interrupted writers left never appears."""
@@ -128,7 +116,7 @@ class Store:
         with self._explained("list", prefix):
             folder = prefix.rpartition("/")[0]
             where = self._path(folder) if folder else self.root
-            found = self._patience.call(lambda: self._backend().list(where))
+            found = self._backend().list(where)
         start = len(self.root.rstrip("/")) + 1
         return sorted((path[start:], size) for path, size in found if path[start:].startswith(prefix))
 
@@ -141,7 +129,7 @@ class Store:
         """Return an object's size in bytes. ObjectMissingError if there is none."""
         with self._explained("read the size of", key):
             path = self._path_to_read(key)
-            return self._patience.call(lambda: self._backend().size(path))
+            return self._backend().size(path)
 
     def exists(self, key: str) -> bool:
         """Return whether there is an object under the key."""
@@ -156,6 +144,28 @@ class Store:
         with self._explained("clean up", folder):
             self._backend().remove_leftovers(self._path(folder))
 
+    def require_exclusive_create(self) -> None:
+        """Raise StoreError unless this store keeps the promise of `create`: tried out with an object that is removed.
+
+        Some servers accept the condition and overwrite: two runs would then both believe that they own a folder.
+        """
+        key = f"probes/{uuid4().hex}"
+        first, second = b"first " + uuid4().bytes, b"second " + uuid4().bytes
+        try:
+            won = self.claim(key, first), self.create(key, second)
+            found = self.get(key)
+        finally:
+            with suppress(StoreError):
+                self.delete(key)
+        if won != (True, False) or found != first:
+            raise StoreError(
+                f"cannot run on {self.uri}: of two writers of the new object {key!r} exactly the first must win, found "
+                f"that the first {'won' if won[0] else 'lost'}, the second {'won' if won[1] else 'lost'} and "
+                f"{'the first' if found == first else 'the second' if found == second else 'neither'} one's bytes are "
+                "there. This storage ignores conditional writes (If-None-Match); use a folder, Amazon S3, Ceph RGW, "
+                "SeaweedFS or another that has them"
+            )
+
     def _path(self, key: str) -> str:
         check_key(key)
         return f"{self.root.rstrip('/')}/{key}"
@@ -167,8 +177,17 @@ class Store:
     def _backend(self) -> _Backend:
         # fsspec's event loop does not survive a fork: every process makes a connection of its own.
         if self._connection is None or self._connection[0] != os.getpid():
-            self._connection = os.getpid(), LocalFiles() if self.protocol == "file" else _Remote(self.protocol)
+            self._connection = os.getpid(), self._connect()
         return self._connection[1]
+
+    def _connect(self) -> _Backend:
+        if self.protocol == "file":
+            return LocalFiles()
+        if self.protocol == "s3":
+            from cluster.s3_objects import S3Objects
+
+            return S3Objects(self._patience)
+        return RemoteObjects(self.protocol, self._patience)
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
@@ -177,56 +196,8 @@ class Store:
         except StoreError:
             raise
         except self._backend().errors as error:
-            raise _explain(error, f"cannot {action} {key or 'the keys'!r} in {self.uri}") from error
-
-
-class _Remote:
-    """The operations of a `Store` on a file system of fsspec that writes whole objects."""
-
-    def __init__(self, protocol: str) -> None:
-        # Cached listings would hide what other processes write and delete.
-        options: dict[str, Any] = {"use_listings_cache": False} if protocol != "memory" else {}
-        if protocol == "s3":
-            options["config_kwargs"] = _S3_CONFIG
-        self._files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
-        self._protocol, self._in_memory = protocol, protocol == "memory"
-
-    @property
-    def errors(self) -> tuple[type[Exception], ...]:
-        if self._protocol != "s3":
-            return (OSError,)
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        return (OSError, BotoCoreError, ClientError)
-
-    def put(self, path: str, parts: Sequence[memoryview]) -> None:
-        self._files.pipe_file(path, b"".join(parts))
-
-    def create(self, path: str, data: memoryview) -> None:
-        # fsspec's memory file system looks and then writes; S3 decides on the server.
-        with _memory_lock if self._in_memory else nullcontext():
-            self._files.pipe_file(path, bytes(data), mode="create")
-
-    def get(self, path: str, start: int | None, stop: int | None) -> bytes:
-        return self._files.cat_file(path, start=start, end=stop)
-
-    def list(self, folder: str) -> list[tuple[str, int]]:
-        with suppress(FileNotFoundError):
-            found = self._files.find(folder, detail=True)
-            return [(path, int(about["size"] or 0)) for path, about in found.items()]
-        return []
-
-    def delete(self, path: str) -> None:
-        self._files.rm_file(path)
-
-    def size(self, path: str) -> int:
-        info = self._files.info(path)
-        if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, "a folder, not an object", path)
-        return info["size"]
-
-    def remove_leftovers(self, folder: str) -> None:
-        """Nothing to do: an interrupted write leaves no object."""
+            what = f"cannot {action} {key or 'the keys'!r} in {self.uri}"
+            raise explain(error, what, self._backend().endpoint) from error
 
 
 def check_key(key: str) -> None:
@@ -269,15 +240,3 @@ def _split(uri: str) -> tuple[str, str]:
     if protocol == "file":
         return protocol, os.path.abspath(os.path.expanduser(rest))
     return protocol, "/" + rest.strip("/") if protocol == "memory" else rest.rstrip("/")
-
-
-def _explain(error: Exception, what: str) -> StoreError:
-    if isinstance(error, FileNotFoundError):
-        if what.startswith(("cannot write", "cannot create")):
-            return StoreError(f"{what}: the bucket or folder is not there; create it, or choose another URI ({error})")
-        return ObjectMissingError(f"{what}: it is not there")
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, PermissionError) and number not in _ADVICE:
-        number = errno.EACCES
-    advice = f": {_ADVICE[number]}" if number in _ADVICE else ""
-    return StoreError(f"{what}{advice} ({type(error).__name__}: {error})")

@@ -83,6 +83,7 @@ def read_into(store: Store, expected: StoredObject, target: memoryview | None) -
         if target is not None:
             target[done : done + len(data)] = data
         done += len(data)
+        del data  # before the next range takes its memory
         if stop > expected.num_bytes:
             break
     if digest.hexdigest() != expected.sha256:

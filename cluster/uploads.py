@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.store import Buffer, Store
@@ -68,11 +67,11 @@ class Uploads:
                 raise self._failed
             self._used_bytes += num_bytes
 
-    def submit(self, key: str, parts: Sequence[Buffer], reserved: int) -> Future[StoredObject]:
-        """Write an object; the memory reserved for it is free again when it is written."""
+    def submit(self, key: str, parts: list[Buffer], reserved: int) -> Future[StoredObject]:
+        """Write an object; when it is written, the list is emptied and the memory reserved for it is free again."""
         return self._pool.submit(self._write, key, parts, reserved)
 
-    def _write(self, key: str, parts: Sequence[Buffer], reserved: int) -> StoredObject:
+    def _write(self, key: str, parts: list[Buffer], reserved: int) -> StoredObject:
         started_s = time.perf_counter()
         try:
             return write_object(self._store, key, parts)
@@ -80,7 +79,7 @@ class Uploads:
             self._failed = error
             raise
         finally:
-            del parts
+            parts.clear()  # the pool holds the list until the rest is over
             with self._freed:
                 self._used_bytes -= reserved
                 self._freed.notify_all()

@@ -15,6 +15,8 @@ import urllib.request
 from pathlib import Path
 
 KEY, SECRET = "testkey", "testsecret123"
+READER_KEY, READER_SECRET = "readerkey", "readersecret123"
+"""Of a user who may read and list, and nothing else."""
 _READY_S = 60.0
 
 
@@ -26,12 +28,14 @@ class Seaweed:
 
     def __init__(self, folder: Path, max_volumes: int = 20) -> None:
         self.folder, self.max_volumes = folder, max_volumes
-        self.ports = _free_ports(5)
+        self.ports = free_ports(5)
         self.process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         identity = {"name": "t", "credentials": [{"accessKey": KEY, "secretKey": SECRET}]}
         identity["actions"] = ["Admin", "Read", "Write", "List", "Tagging"]
-        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        reader = {"name": "r", "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}]}
+        reader["actions"] = ["Read", "List"]
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
 
     @property
     def endpoint(self) -> str:
@@ -118,7 +122,7 @@ def weed_binary() -> str:
     return found
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     """Return ports that are free, as are those 10,000 above."""
     ports: list[int] = []
     while len(ports) < number:

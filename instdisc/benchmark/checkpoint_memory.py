@@ -5,6 +5,7 @@ Each part runs in processes that do nothing else; what the libraries take before
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from cluster.checkpoint import read_latest
@@ -13,6 +14,7 @@ from instdisc.benchmark.checkpoint_state import CheckpointTask, checkpointer_of,
 from instdisc.benchmark.peak_memory import reset_peak, resident_bytes
 from instdisc.train.state import TrainState
 
+POLL_S = 0.01
 LIMIT_SHARDS, LIMIT_BYTES = 1.25, 256 * 2**20
 
 
@@ -33,11 +35,14 @@ def peak_of_save(worker: Worker, task: CheckpointTask) -> Peak:
     """Return the peak of a whole save, its state included. Collective."""
     before = resident_bytes("VmRSS")
     state = state_of(task, worker)
-    checkpointer = checkpointer_of(task, worker)
+    # With rests, as beside training: what is still held during them counts.
+    checkpointer = checkpointer_of(task, worker, bandwidth_share=task.config.checkpoint.bandwidth_share)
     reset_peak()
     try:
         state.step = 1
         start_save(checkpointer, state)
+        while checkpointer.is_saving:
+            time.sleep(POLL_S)
         checkpointer.wait()
         return Peak(resident_bytes("VmHWM") - before, shard_bytes(state))
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from cluster.phase import Phase, enter
 from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
@@ -107,6 +108,7 @@ class Training:
                 batch = next(batches)
             self.monitor.show_batch(batch)
             self.stepper.step(batch)
+            enter(Phase.STEP, self.state.step)
             if self._has_appointment() and self._look():
                 return self._result(finished=False)
         evaluation = self._evaluate()

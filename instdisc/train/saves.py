@@ -28,6 +28,7 @@ class Saves:
             run.checkpoints(),
             worker=worker,
             coordinator=worker.coordinator,
+            retention=run.coordinator(config).retention,
             bandwidth_share=config.checkpoint.bandwidth_share,
             incremental=config.checkpoint.incremental,
             rows_per_step=config.optim.global_batch,
@@ -49,7 +50,7 @@ class Saves:
     def start(self, step: int) -> None:
         """Start the clock: the first step is about to begin."""
         self._cadence.start(step)
-        enter(Phase.STEP)
+        enter(Phase.STEP, step)
 
     def pause(self) -> None:
         """Leave out the time since the last look: something else than training went on."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from cluster.checkpoint import read_latest
+from cluster.checkpoint import Checkpoint, read_latest
 from cluster.manifest import ManifestId
 from instdisc.runs import Run
 
@@ -57,12 +57,19 @@ def assert_same_to_the_bit(found: Path, expected: Path, steps: int) -> None:
     """Compare the last checkpoints of two runs: weights, optimiser, bank, curves."""
     ours, theirs = (read_latest(Run(str(run)).checkpoints()) for run in (found, expected))
     assert ours is not None
+    assert ours.step == steps
+    assert differences(ours, theirs) == []
+
+
+def differences(ours: Checkpoint | None, theirs: Checkpoint | None) -> list[str]:
+    """Return what differs between two checkpoints, bit by bit."""
+    assert ours is not None
     assert theirs is not None
-    assert ours.step == theirs.step == steps
     mine, other = ours.tensors(), theirs.tensors()
     assert mine.keys() == other.keys()
-    assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
-    for table in ("bank", "bank_last_step"):
-        assert torch.equal(ours.rows(table), theirs.rows(table))
-    assert ours.state["normalizer"] == theirs.state["normalizer"]
-    assert ours.state["curves"] == theirs.state["curves"]
+    assert ours.tables.keys() == theirs.tables.keys()
+    different = [name for name in mine if not torch.equal(mine[name], other[name])]
+    different += [table for table in ours.tables if not torch.equal(ours.rows(table), theirs.rows(table))]
+    if ours.step != theirs.step:
+        different.append(f"step {ours.step} instead of {theirs.step}")
+    return different + [name for name in ("normalizer", "curves") if ours.state[name] != theirs.state[name]]

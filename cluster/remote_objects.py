@@ -1,0 +1,64 @@
+"""The operations of a `Store` in memory, and on the file systems of fsspec that have no file of their own here."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from typing import Any
+
+import fsspec
+
+from cluster.patience import Patience
+
+_memory_lock = threading.Lock()
+
+
+class RemoteObjects:
+    """Objects of a file system of fsspec that writes whole ones. Tries again what may pass; raises plain OSErrors."""
+
+    errors: tuple[type[Exception], ...] = (OSError,)
+    endpoint = None
+
+    def __init__(self, protocol: str, patience: Patience) -> None:
+        # Cached listings would hide what other processes write and delete.
+        options: dict[str, Any] = {"use_listings_cache": False} if protocol != "memory" else {}
+        self._files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+        self._call, self._in_memory = patience.call, protocol == "memory"
+
+    def put(self, path: str, parts: Sequence[memoryview]) -> None:
+        """Write the concatenated parts to `path`, replacing what is there."""
+        data = b"".join(parts)
+        self._call(lambda: self._files.pipe_file(path, data))
+
+    def create(self, path: str, data: memoryview) -> None:
+        """Write `data` to `path`. FileExistsError if there is something."""
+        # fsspec's memory file system looks and then writes.
+        with _memory_lock if self._in_memory else nullcontext():
+            self._files.pipe_file(path, bytes(data), mode="create")
+
+    def get(self, path: str, start: int | None, stop: int | None) -> bytes:
+        """Return bytes [start, stop) of an object, fewer where it ends before."""
+        return self._call(lambda: self._files.cat_file(path, start=start, end=stop))
+
+    def list(self, folder: str) -> list[tuple[str, int]]:
+        """Return (path, bytes) of all objects below a folder; [] where there is none."""
+        with suppress(FileNotFoundError):
+            found = self._call(lambda: self._files.find(folder, detail=True))
+            return [(path, int(about["size"] or 0)) for path, about in found.items()]
+        return []
+
+    def delete(self, path: str) -> None:
+        """Remove an object. FileNotFoundError if there is none."""
+        self._call(lambda: self._files.rm_file(path))
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes. FileNotFoundError if there is none."""
+        info = self._call(lambda: self._files.info(path))
+        if info["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, "a folder, not an object", path)
+        return info["size"]
+
+    def remove_leftovers(self, folder: str) -> None:
+        """Nothing to do: an interrupted write leaves no object."""

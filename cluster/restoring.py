@@ -1,0 +1,91 @@
+"""Finding the newest intact checkpoint of a run, by all ranks together, and taking it over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.agreement import WorkerLike, gather
+from cluster.checkpoint_reader import Checkpoint, verify_share
+from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
+from cluster.store import ObjectMissingError, Store
+from cluster.stored_object import CheckpointError, DamagedObjectError
+
+Load = Callable[[Checkpoint], None]
+
+
+@dataclass
+class Restoring:
+    """Tries checkpoints from the newest to the oldest. All ranks call it alike.
+
+    load: takes over a checkpoint; None only verifies, and the ranks share that. digests: of what the run is now.
+    damaged, warnings: what was found on the way, the first as ids, the second in sentences.
+    """
+
+    store: Store
+    worker: WorkerLike
+    load: Load | None
+    digests: Mapping[str, str]
+    num_threads: int
+    damaged: list[ManifestId] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def newest_intact(self, chain: Sequence[ManifestId]) -> Checkpoint | None:
+        """Return the newest intact one of valid checkpoints, oldest first; None if there are none at all. Collective.
+
+        CheckpointError if none is intact, or one cannot be used for another reason than damage.
+        """
+        for id in reversed(chain):
+            manifest, problems = self._try(id)
+            if manifest:
+                return Checkpoint(self.store, manifest, num_threads=self.num_threads)
+            self.damaged.append(id)
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            self.warnings.append(
+                f"the checkpoint of {describe([id])} is damaged and was skipped: {problems[0]}{more}; it is kept "
+                "for inspection"
+            )
+        if chain:
+            raise CheckpointError(
+                f"no checkpoint of {self.store.uri} is intact, {len(chain)} tried: {'; '.join(self.warnings)}; "
+                "put the damaged objects back from a copy, or start a new run under another URI"
+            )
+        return None
+
+    def _try(self, id: ManifestId) -> tuple[Manifest | None, list[str]]:
+        """Return the manifest if everything of it that the ranks read is intact, else None and what is wrong."""
+        found: list[Manifest] = []
+
+        def read() -> list[str]:
+            manifest, problems = self._verify(id) if self.load is None else self._load(id, self.load)
+            if problems and not self.store.exists(id.key):
+                raise CheckpointError(
+                    f"{id.key} in {self.store.uri} was deleted while it was read: another process still writes to "
+                    "this run; stop it and start again"
+                )
+            found.extend([manifest] if manifest else [])
+            return problems
+
+        replies = gather(self.worker, f"read the checkpoint of {describe([id])}", read)
+        problems = list(dict.fromkeys(problem for reply in replies for problem in reply))
+        return (None if problems else found[0]), problems
+
+    def _verify(self, id: ManifestId) -> tuple[Manifest | None, list[str]]:
+        return verify_share(self.store, id, self.worker.rank, self.worker.world_size, self.num_threads)
+
+    def _load(self, id: ManifestId, load: Load) -> tuple[Manifest | None, list[str]]:
+        try:
+            manifest = read_manifest(self.store, id)
+        except (ManifestError, ObjectMissingError) as error:
+            return None, [str(error)]
+        differing = [n for n, digest in self.digests.items() if manifest.digests.get(n, digest) != digest]
+        if differing:
+            raise CheckpointError(
+                f"{id.key} in {self.store.uri} was saved with another {' and '.join(differing)}; put the checkpoints "
+                "of this run back, or start a new run under another URI"
+            )
+        try:
+            load(Checkpoint(self.store, manifest, num_threads=self.num_threads))
+        except DamagedObjectError as error:
+            return manifest, [str(error)]
+        return manifest, []

@@ -1,0 +1,284 @@
+"""The operations of a `Store` on S3 and on servers that speak its language.
+
+One layer decides what is tried again and for how long (`Patience`), for every request by itself: the retries of s3fs
+and of botocore are switched off. botocore sends a CRC32 with what it writes and compares it on what it reads, so that
+bytes that change on the wire are refused and sent again.
+
+A write that was given up may still be carried out by the server later. So a key is written once, or always with the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import aiobotocore.session
+import aiohttp
+import botocore.exceptions
+import botocore.handlers
+import s3fs
+from fsspec.asyn import sync
+
+from cluster.joined_views import JoinedViews
+from cluster.patience import Patience
+from cluster.s3_errors import code_of
+
+_LOG = logging.getLogger("instdisc.storage")
+Result = TypeVar("Result")
+
+TIMEOUT_VARIABLE = "INSTDISC_STORE_TIMEOUT_S"
+"""Environment variable: the seconds without a byte after which a request is given up and sent again."""
+TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
+PART_BYTES = 64 * 2**20
+"""Objects above this size are written and read in parts: what fails and is repeated is one part."""
+_MOST_PARTS, _PARTS_AT_ONCE = 10_000, 4
+
+
+class S3Objects:
+    """Objects of buckets by "bucket/key". Raises OSErrors and botocore's errors (`errors`). Safe in threads."""
+
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        botocore.exceptions.BotoCoreError,
+        botocore.exceptions.ClientError,
+        aiohttp.ClientError,
+    )
+
+    def __init__(self, patience: Patience) -> None:
+        self._timeout_s = timeout_s = float(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_S)
+        session = aiobotocore.session.AioSession()
+        # aiohttp waits for the "100 Continue" that botocore asks for before each body, without a limit.
+        session.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        self._files = s3fs.S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            session=session,
+            config_kwargs={
+                "max_pool_connections": 64,
+                "connect_timeout": min(CONNECT_TIMEOUT_S, timeout_s),
+                "read_timeout": timeout_s,
+                "retries": {"mode": "standard", "total_max_attempts": 1},
+            },
+        )
+        self._files.retries = 1
+        self._patience = patience
+
+    @property
+    def endpoint(self) -> str:
+        """The address of the server, as far as it is known."""
+        try:
+            client: Any = self._files.s3
+            return client.meta.endpoint_url
+        except Exception:
+            return os.environ.get("AWS_ENDPOINT_URL", "the S3 server")
+
+    def put(self, path: str, parts: Sequence[memoryview]) -> None:
+        """Write the concatenated parts to `path`, replacing what is there. Copies nothing."""
+        views = JoinedViews(parts)
+        if len(views) > PART_BYTES:
+            self._put_in_parts(path, views)
+        else:
+            self._write("put_object", path, views)
+
+    def create(self, path: str, data: memoryview) -> None:
+        """Write `data` to `path`. FileExistsError if there is something, be it the work of an earlier try of ours."""
+        try:
+            self._write("put_object", path, JoinedViews([data]), IfNoneMatch="*")
+        except OSError as error:
+            # s3fs knows it by a detail that not every server sends.
+            if code_of(error) in ("PreconditionFailed", "412") and not isinstance(error, FileExistsError):
+                raise FileExistsError(errno.EEXIST, "there is an object", path) from error
+            raise
+
+    def get(self, path: str, start: int | None, stop: int | None) -> bytes:
+        """Return bytes [start, stop) of an object, fewer where it ends before."""
+        start = start or 0
+        if stop is not None and stop <= start:
+            self.size(path)
+            return b""
+        span = {} if (start, stop) == (0, None) else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        try:
+            found = self._patience.call(lambda: self._read(path, **span))
+        except OSError as error:
+            if code_of(error) in ("InvalidRange", "416"):
+                return b""
+            raise
+        if isinstance(found, bytes):
+            return found
+        num_bytes, tag = found
+        spans = [(start + at, start + min(at + PART_BYTES, num_bytes)) for at in range(0, num_bytes, PART_BYTES)]
+
+        def read(span: tuple[int, int]) -> bytes | tuple[int, str]:
+            part = {"Range": f"bytes={span[0]}-{span[1] - 1}", "IfMatch": tag}
+            return self._patience.call(lambda: self._read(path, **part))
+
+        return b"".join(part for part in _in_threads(read, spans) if isinstance(part, bytes))
+
+    def list(self, folder: str) -> list[tuple[str, int]]:
+        """Return (path, bytes) of all objects below a folder."""
+        bucket, key = _split(folder)
+        found, more = [], {"Prefix": f"{key}/" if key else ""}
+        while True:
+            answer = self._call("list_objects_v2", Bucket=bucket, **more)
+            found += [(f"{bucket}/{about['Key']}", int(about["Size"])) for about in answer.get("Contents", [])]
+            if not answer.get("IsTruncated"):
+                # Tools leave empty objects that stand for folders.
+                return [(path, size) for path, size in found if not path.endswith("/")]
+            more["ContinuationToken"] = answer["NextContinuationToken"]
+
+    def delete(self, path: str) -> None:
+        """Remove an object; nothing happens if there is none."""
+        bucket, key = _split(path)
+        self._call("delete_object", Bucket=bucket, Key=key)
+
+    def size(self, path: str) -> int:
+        """Return an object's size in bytes. FileNotFoundError if there is none."""
+        bucket, key = _split(path)
+        if key.endswith("/"):
+            raise FileNotFoundError(errno.ENOENT, "a folder, not an object", path)
+        return int(self._call("head_object", Bucket=bucket, Key=key)["ContentLength"])
+
+    def remove_leftovers(self, folder: str) -> None:
+        """Abort the uploads in parts below `folder` that killed writers left: they hold storage and are not listed."""
+        bucket, key = _split(folder)
+        seen: set[str] = set()
+        # From the beginning again after each page, as SeaweedFS goes on in the wrong place.
+        while uploads := [upload for upload in self._uploads(bucket, f"{key}/") if upload["UploadId"] not in seen]:
+            for upload in uploads:
+                seen.add(upload["UploadId"])
+                with suppress(FileNotFoundError):
+                    self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
+        """Return the first thousand unfinished uploads."""
+        try:
+            answer = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+        except OSError as error:
+            # A right or an operation that writing and reading do not need: what stays costs money and harms nothing.
+            if isinstance(error, PermissionError) or error.errno in (errno.ENOSYS, errno.EPERM):
+                _LOG.warning(
+                    "unfinished uploads below s3://%s/%s may stay, as they cannot be listed (%s: %s); give the "
+                    "bucket a rule AbortIncompleteMultipartUpload, or these credentials s3:ListBucketMultipartUploads",
+                    *(bucket, prefix, code_of(error), error),
+                )
+                return []
+            raise
+        return [upload for upload in answer.get("Uploads", []) if upload["Key"].startswith(prefix)]
+
+    def _put_in_parts(self, path: str, views: JoinedViews) -> None:
+        bucket, key = _split(path)
+        token = uuid4().hex
+        where = {"Bucket": bucket, "Key": key}
+        # Known only to us: it tells our object from another's when the answer to the last request is lost.
+        where["UploadId"] = self._call("create_multipart_upload", **where, Metadata={"upload": token})["UploadId"]
+        part_bytes = max(PART_BYTES, -(-len(views) // _MOST_PARTS))
+        starts = range(0, len(views), part_bytes)
+
+        def write(number: int) -> dict[str, Any]:
+            start = starts[number - 1]
+            part = views.part(start, start + part_bytes)
+            answer = self._write("upload_part", path, part, UploadId=where["UploadId"], PartNumber=number)
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            parts = _in_threads(write, range(1, len(starts) + 1))
+            try:
+                self._call("complete_multipart_upload", **where, MultipartUpload={"Parts": parts})
+            except OSError as error:
+                if code_of(error) != "NoSuchUpload" or self._token(bucket, key) != token:
+                    raise
+        except BaseException:
+            with suppress(Exception):
+                self._files.call_s3("abort_multipart_upload", **where)
+            raise
+
+    def _token(self, bucket: str, key: str) -> str | None:
+        return self._call("head_object", Bucket=bucket, Key=key).get("Metadata", {}).get("upload")
+
+    def _write(self, method: str, path: str, views: JoinedViews, **arguments: Any) -> dict[str, Any]:
+        bucket, key = _split(path)
+        where = {"Bucket": bucket, "Key": key, **arguments}
+        # Every try reads from a file of its own: one that was given up may still be reading.
+        return self._patience.call(lambda: self._once(method, Body=views.part(0, len(views)), **where))
+
+    def _call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        return self._patience.call(lambda: self._once(method, **arguments))
+
+    def _once(self, method: str, **arguments: Any) -> dict[str, Any]:
+        request = self._files._call_s3
+        body = arguments.get("Body")
+        if body is None:
+            return self._run(lambda: request(method, **arguments))
+        return self._run(lambda: _while_moving(request(method, **arguments), body, self._timeout_s))
+
+    def _run(self, function: Callable[[], Awaitable[Result]]) -> Result:
+        """Return what the coroutine of function() returns, run by the loop of s3fs."""
+        run: Any = sync
+        try:
+            return run(self._files.loop, function)
+        except FileNotFoundError as error:
+            # What s3fs calls a missing file and is none.
+            if code_of(error) in ("NoSuchBucket", "NoSuchUpload"):
+                raise OSError(errno.ENXIO, str(error)) from error.__cause__
+            raise
+        except (ValueError, botocore.exceptions.HTTPClientError) as error:
+            # Nothing that passes: the address itself is wrong.
+            if "Invalid endpoint" in str(error) or "encoded in URL" in str(error):
+                raise OSError(errno.EINVAL, str(error)) from None
+            raise
+
+    def _read(self, path: str, **arguments: Any) -> bytes | tuple[int, str]:
+        """Return an answer's bytes; (how many, ETag) if they are to be read in parts."""
+        bucket, key = _split(path)
+
+        async def read() -> bytes | tuple[int, str]:
+            answer = await self._files._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
+            try:
+                if answer["ContentLength"] > PART_BYTES:
+                    return answer["ContentLength"], answer["ETag"]
+                return await answer["Body"].read()
+            finally:
+                answer["Body"].close()
+
+        return self._run(read)
+
+
+async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s: float) -> Result:
+    """Return await request; TimeoutError if for timeout_s it neither takes bytes of its body nor ends.
+
+    The time-outs of the client library begin when a body has been sent.
+    """
+    task = asyncio.ensure_future(request)
+    try:
+        while True:
+            before = body.tell()
+            done, _ = await asyncio.wait({task}, timeout=timeout_s)
+            if done:
+                return task.result()
+            if body.tell() == before:
+                raise TimeoutError(errno.ETIMEDOUT, f"nothing moved for {timeout_s:g} s")
+    finally:
+        task.cancel()
+
+
+def _in_threads(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
+    with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts") as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _split(path: str) -> tuple[str, str]:
+    bucket, _, key = path.partition("/")
+    return bucket, key

@@ -1,0 +1,54 @@
+"""What a failing storage says to a person: what, where, why and what to do. No secret is ever part of it."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+from cluster import s3_errors
+
+_ADVICE = {
+    errno.EACCES: "no permission; check the owner and the rights of this place, or choose another URI",
+    errno.ENOSPC: "the disk is full; free space there, or choose another URI",
+    errno.EDQUOT: "the disk quota is used up; free space there, or choose another URI",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another URI",
+    errno.EISDIR: "a folder stands where a file is expected; choose another URI",
+    errno.EROFS: "the file system is read-only; mount it writable, or choose another URI",
+    errno.EIO: "the disk reports an input/output error; check its health, or choose another URI",
+    errno.EOPNOTSUPP: "checkpoints on a folder need hard links; choose a local disk, NFS or s3://",
+}
+_ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
+_USER_IN_URL = re.compile(r"(?<=://)[^/@\s\"']+@")
+
+
+class StoreError(OSError):
+    """A store cannot do what was asked: the text says what, where, why and what to do."""
+
+
+class ObjectMissingError(StoreError, FileNotFoundError):
+    """There is no object under the key."""
+
+
+def explain(error: Exception, what: str, endpoint: str | None = None) -> StoreError:
+    """Return the error to raise for a backend's. `what` is what cannot be done, `endpoint` the address of an S3."""
+    if endpoint is not None and (advice := s3_errors.advise(error, endpoint)) is not None:
+        return StoreError(without_users(f"{what}: {advice} ({_text(error)})"))
+    if isinstance(error, FileNotFoundError):
+        if what.startswith(("cannot write", "cannot create")):
+            return StoreError(f"{what}: the bucket or folder is not there; create it, or choose another URI ({error})")
+        return ObjectMissingError(f"{what}: it is not there")
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, PermissionError) and number not in _ADVICE:
+        number = errno.EACCES
+    advice = f": {_ADVICE[number]}" if number in _ADVICE and endpoint is None else ""
+    return StoreError(without_users(f"{what}{advice} ({_text(error)})"))
+
+
+def without_users(text: str) -> str:
+    """Return the text without the names and passwords in its URLs."""
+    return _USER_IN_URL.sub("", text)
+
+
+def _text(error: Exception) -> str:
+    code = s3_errors.code_of(error)
+    return f"{type(error).__name__}: {error}" if code is None else f"{code}: {error}"
