@@ -14,12 +14,12 @@ import numpy as np
 
 from cluster.manifest import ManifestId
 from cluster.row_guard import FrozenRows
-from cluster.row_table import RowTable
+from cluster.row_table import BLOCK_BYTES, RowTable
 from cluster.snapshot import Snapshot
 from cluster.store import Store
 from cluster.stored_object import StoredObject
 from cluster.tensor_file import serialize
-from cluster.uploads import Pace, Uploads
+from cluster.uploads import MEMORY_BYTES, Pace, Uploads
 
 PIECE_BYTES = 8 * 2**20
 """Bytes that are copied while the owner of the rows cannot write."""
@@ -40,12 +40,13 @@ def write_part(
     """Write a rank's snapshot under `prefix`; return what `parts.join_parts` reads, as JSON.
 
     since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
-    tables. Beside the rows it takes some 128 MiB of memory.
+    tables. Beside the rows it takes some 128 MiB of memory and a quarter of theirs, and no more than the threads need.
     """
     started_s = time.perf_counter()
     tables: dict[str, dict[str, Any]] = {}
     pending: list[tuple[list[dict[str, Any]], dict[str, Any], Future[StoredObject]]] = []
-    with Uploads(store, num_threads=num_threads, pace=pace) as uploads:
+    memory_bytes = _memory_bytes(snapshot, num_threads)
+    with Uploads(store, num_threads=num_threads, pace=pace, memory_bytes=memory_bytes) as uploads:
         tensors = _submit_tensors(uploads, prefix, snapshot)
         for name, table in snapshot.tables.items():
             kind = "segments" if since is None or table.last_step is None else "increments"
@@ -78,6 +79,15 @@ def write_part(
         "snapshot_s": snapshot.seconds,
         "write_s": time.perf_counter() - started_s,
     }
+
+
+def _memory_bytes(snapshot: Snapshot, num_threads: int) -> int:
+    """Return the bytes of objects that may be in memory at once.
+
+    With a block for each thread, and one that is being filled, no thread waits; for few rows that would be too much.
+    """
+    rows_bytes = sum(table.rows.numel() * table.rows.itemsize for table in snapshot.tables.values())
+    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 4, (num_threads + 1) * BLOCK_BYTES))
 
 
 def _submit_tensors(uploads: Uploads, prefix: str, snapshot: Snapshot) -> Future[StoredObject] | None:
