@@ -206,7 +206,7 @@ def _of_steps(kind: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         saves_ended_within_the_span=all(save["ended_within_span"] for save in saves),
     )
     stall = paired_result(
-        f"wait for a {kind} save",
+        "wait for a whole save" if kind == "whole" else "wait for an incremental save",
         unit="ms",
         ours=[1000 * save["stall_s"] for save in saves],
         reference=[1000 * save["copy_s"] for save in saves],
