@@ -40,7 +40,7 @@ def write_part(
     """Write a rank's snapshot under `prefix`; return what `parts.join_parts` reads, as JSON.
 
     since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
-    tables. Beside the rows it takes some 128 MiB of memory and a quarter of theirs, and no more than the threads need.
+    tables. Beside the rows it takes some 128 MiB of memory and a quarter of theirs, at most a block for each thread.
     """
     started_s = time.perf_counter()
     tables: dict[str, dict[str, Any]] = {}
@@ -84,10 +84,10 @@ def write_part(
 def _memory_bytes(snapshot: Snapshot, num_threads: int) -> int:
     """Return the bytes of objects that may be in memory at once.
 
-    With a block for each thread, and one that is being filled, no thread waits; for few rows that would be too much.
+    With a block for each thread hardly any of them waits; for few rows that would be too much.
     """
     rows_bytes = sum(table.rows.numel() * table.rows.itemsize for table in snapshot.tables.values())
-    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 4, (num_threads + 1) * BLOCK_BYTES))
+    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 4, num_threads * BLOCK_BYTES))
 
 
 def _submit_tensors(uploads: Uploads, prefix: str, snapshot: Snapshot) -> Future[StoredObject] | None:

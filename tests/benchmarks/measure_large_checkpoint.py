@@ -16,7 +16,6 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,10 +28,9 @@ from cluster.store import Store
 from cluster.worker import Worker, run_local
 from instdisc.bank_storage import start_rows
 from instdisc.benchmark.checkpoint import remove_all
-from instdisc.benchmark.checkpoint_memory import LIMIT_BYTES, LIMIT_SHARDS, shard_bytes
+from instdisc.benchmark.checkpoint_memory import PeakMeter
 from instdisc.benchmark.checkpoint_state import CheckpointTask, checkpointer_of, start_save, state_of
 from instdisc.benchmark.environment import environment
-from instdisc.benchmark.peak_memory import reset_peak, resident_bytes
 from instdisc.recipes import recipe
 from instdisc.train.state import TrainState
 
@@ -42,21 +40,20 @@ CHECK_ROWS = 1 << 18
 
 def save(worker: Worker, task: CheckpointTask) -> dict[str, Any]:
     """Save whole, write every 97th row, save what was written; return figures of this rank."""
-    before = resident_bytes("VmRSS")
+    meter = PeakMeter()
     state = state_of(task, worker)
     checkpointer = checkpointer_of(task, worker)
     try:
-        whole = one_save(worker, checkpointer, state, before)
+        whole = one_save(worker, checkpointer, state, meter)
         write_some_rows(state)
-        return {"shard_bytes": shard_bytes(state), "whole": whole,
-                "increment": one_save(worker, checkpointer, state, before)}  # fmt: skip
+        return {"whole": whole, "increment": one_save(worker, checkpointer, state, meter)}
     finally:
         checkpointer.close()
 
 
-def one_save(worker: Worker, checkpointer: Checkpointer, state: TrainState, before: int) -> dict[str, Any]:
+def one_save(worker: Worker, checkpointer: Checkpointer, state: TrainState, meter: PeakMeter) -> dict[str, Any]:
     worker.all_gather_object(None)
-    reset_peak()
+    meter.start()
     started_s = time.perf_counter()
     start_save(checkpointer, state)
     report = checkpointer.wait()
@@ -70,7 +67,7 @@ def one_save(worker: Worker, checkpointer: Checkpointer, state: TrainState, befo
         "commit_s": report.commit_s,
         "num_bytes_of_all_ranks": report.num_bytes,
         "is_base": report.is_base,
-        "peak_bytes": resident_bytes("VmHWM") - before,
+        **memory_of(meter, state),
     }
 
 
@@ -84,23 +81,22 @@ def write_some_rows(state: TrainState) -> None:
 
 def restore(worker: Worker, task: CheckpointTask) -> dict[str, Any]:
     """Restore as training does, into rows that hold nothing of it; return figures of this rank, and compare rows."""
-    before = resident_bytes("VmRSS")
+    meter = PeakMeter()
     state = state_of(task, worker)
     state.bank.rows.zero_()
     checkpointer = Checkpointer(task.store, worker=worker, coordinator=worker.coordinator, num_threads=task.num_threads)
     worker.all_gather_object(None)
-    reset_peak()
+    meter.start()
     started_s = time.perf_counter()
     found = checkpointer.restore(state.load)
     seconds = time.perf_counter() - started_s
-    peak_bytes = resident_bytes("VmHWM") - before
+    memory = memory_of(meter, state)
     checkpointer.close()
     assert found is not None
     assert not checkpointer.warnings, checkpointer.warnings
     return {
         "seconds": seconds,
-        "peak_bytes": peak_bytes,
-        "shard_bytes": shard_bytes(state),
+        **memory,
         "num_wrong_rows": num_wrong_rows(state),
     }
 
@@ -120,25 +116,27 @@ def num_wrong_rows(state: TrainState) -> int:
     return wrong
 
 
-def with_limits(by_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each rank's figures what it may hold at most, and whether it stayed below."""
-    for rank in by_rank:
-        for figures in (rank, rank.get("whole"), rank.get("increment")):
-            if figures and "peak_bytes" in figures:
-                figures["limit_bytes"] = LIMIT_SHARDS * rank["shard_bytes"] + LIMIT_BYTES
-                figures["is_below_limit"] = figures["peak_bytes"] <= figures["limit_bytes"]
-    return by_rank
+def memory_of(meter: PeakMeter, state: TrainState) -> dict[str, Any]:
+    """Return what this rank held at most, its rows included, and whether that is below the limit."""
+    peak = meter.peak(state)
+    return {
+        "shard_bytes": peak.shard_bytes,
+        "peak_bytes": peak.num_bytes,
+        "limit_bytes": peak.limit_bytes,
+        "is_below_limit": peak.num_bytes <= peak.limit_bytes,
+        "process_peak_bytes": peak.process_bytes,
+    }
 
 
 def measure(arguments: argparse.Namespace, task: CheckpointTask) -> dict[str, Any]:
     spec = CoordinatorSpec(uri=task.uri)
     print(f"saving {task.num_rows:,} rows on {arguments.workers} workers", file=sys.stderr, flush=True)
-    saved = with_limits(run_local(save, arguments.workers, task, coordinator=spec))
+    saved = run_local(save, arguments.workers, task, coordinator=spec)
     restored: dict[str, list[Any]] = {}
     for trial in range(arguments.trials):
         for workers in arguments.restore_workers:
             print(f"restore {trial + 1} of {arguments.trials} on {workers} workers", file=sys.stderr, flush=True)
-            by_rank = with_limits(run_local(restore, workers, replace(task, incremental=False), coordinator=spec))
+            by_rank = run_local(restore, workers, task, coordinator=spec)
             restored.setdefault(str(workers), []).append(by_rank)
     return {"save": saved, "restore": restored}
 

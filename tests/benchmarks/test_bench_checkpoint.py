@@ -40,8 +40,8 @@ def test_two_workers_are_measured_against_the_plain_way_and_leave_nothing(capsys
         "wait for an incremental save",
         "bytes of tables in an incremental save",
         "bytes of an incremental save",
-        "peak memory of a save",
-        "peak memory of a restore",
+        "peak memory of a save, rows included",
+        "peak memory of a restore, rows included",
     ]
     for name, result in results.items():
         assert {"name", "value", "unit", "reference", "ratio", "trials", "reference_is"} <= set(result)
@@ -64,7 +64,10 @@ def test_two_workers_are_measured_against_the_plain_way_and_leave_nothing(capsys
 
 def test_a_part_is_measured_alone(capsys, tmp_path):
     document = document_of(capsys, tmp_path, "--parts", "memory")
-    assert [result["name"] for result in document["results"]] == ["peak memory of a save", "peak memory of a restore"]
+    assert [result["name"] for result in document["results"]] == [
+        "peak memory of a save, rows included",
+        "peak memory of a restore, rows included",
+    ]
     for result in document["results"]:
         assert result["shard_mib"] == pytest.approx(NUM_ROWS * ROW_BYTES / 2**20)
         assert result["reference"] == pytest.approx(1.25 * result["shard_mib"] + 256)
