@@ -40,7 +40,7 @@ def write_part(
     """Write a rank's snapshot under `prefix`; return what `parts.join_parts` reads, as JSON.
 
     since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
-    tables. Beside the rows it takes some 128 MiB of memory and a quarter of theirs, at most a block for each thread.
+    tables. Beside the rows it takes some 128 MiB of memory and an eighth of theirs, at most a block for each thread.
     """
     started_s = time.perf_counter()
     tables: dict[str, dict[str, Any]] = {}
@@ -87,7 +87,7 @@ def _memory_bytes(snapshot: Snapshot, num_threads: int) -> int:
     With a block for each thread hardly any of them waits; for few rows that would be too much.
     """
     rows_bytes = sum(table.rows.numel() * table.rows.itemsize for table in snapshot.tables.values())
-    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 4, num_threads * BLOCK_BYTES))
+    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 8, num_threads * BLOCK_BYTES))
 
 
 def _submit_tensors(uploads: Uploads, prefix: str, snapshot: Snapshot) -> Future[StoredObject] | None:
