@@ -19,7 +19,8 @@ from cluster.manifest import ManifestError, ManifestId, decode_document, encode_
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
-_NUMBER = re.compile(r"attempts/(\d{6,})\.json")
+_NUMBER = re.compile(r"attempts/(\d{6,})(?:\.start)?\.json")
+"""Either record shows that a number was won: one that vanished must not be won again."""
 _START = re.compile(r"attempts/(\d{6,})\.start\.json")
 
 
@@ -69,7 +70,7 @@ class History:
 
 def attempt_numbers(store: Store) -> list[int]:
     """Return the numbers of all attempts, ascending."""
-    return sorted(int(match[1]) for key in store.list("attempts/") if (match := _NUMBER.fullmatch(key)))
+    return sorted({int(match[1]) for key in store.list("attempts/") if (match := _NUMBER.fullmatch(key))})
 
 
 def manifest_ids(store: Store) -> list[ManifestId]:
@@ -82,7 +83,7 @@ def read_history(store: Store) -> History:
     # Manifests first: an attempt that begins between the two listings then has none of its own in them.
     manifests = manifest_ids(store)
     keys = store.list("attempts/")
-    numbers = sorted(int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key)))
+    numbers = sorted({int(match[1]) for key in keys if (match := _NUMBER.fullmatch(key))})
     started = {int(match[1]) for key in keys if (match := _START.fullmatch(key))}
     if manifests and (not numbers or manifests[-1].attempt > numbers[-1]):
         raise CheckpointError(
@@ -91,6 +92,11 @@ def read_history(store: Store) -> History:
         )
     attempts: dict[int, Attempt] = {}
     number = _newest_started(store, numbers, started)
+    if manifests and manifests[-1].attempt > (number or 0):
+        raise CheckpointError(
+            f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt's start: the "
+            f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run elsewhere"
+        )
     while number is not None:
         attempts[number] = read_attempt(store, number)
         parent = attempts[number].parent
@@ -102,11 +108,15 @@ def read_attempt(store: Store, number: int) -> Attempt:
     """Return the record of an attempt's start. CheckpointError if it is damaged or missing."""
     key = _start_key(number)
     try:
-        # Format 1 had one record for both.
-        document = _read(store, key if store.exists(key) else _number_key(number))
+        if not store.exists(key) and "parent" in _peek(store, number):
+            key = _number_key(number)  # format 1 had one record for both
+        document = _read(store, key)
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
+        ids = [*damaged, *([attempt.parent] if attempt.parent else [])]
+        if not all(type(part) is int and part >= 0 for id in ids for part in id):
+            raise ManifestError(f"{key} contradicts itself: found {ids}, expected pairs of an attempt and a step")
         if attempt.number != number or (attempt.parent and attempt.parent.attempt >= number):
             raise ManifestError(f"{key} contradicts itself: number {attempt.number}, parent {attempt.parent}")
     except (ObjectMissingError, ManifestError, KeyError, TypeError) as error:
@@ -153,7 +163,12 @@ def record_start(store: Store, number: int, parent: ManifestId | None, damaged: 
 
 def require_newest(store: Store, number: int) -> None:
     """Raise SupersededError if an attempt with a higher number was begun."""
-    newest = attempt_numbers(store)[-1]
+    newest = max(attempt_numbers(store), default=0)
+    if newest < number:
+        raise CheckpointError(
+            f"{store.uri} has no record of attempt {number}, which is running: it was deleted or moved "
+            "or changed by hand; put attempts/ back, or start a new run under another URI"
+        )
     if newest > number:
         raise SupersededError(
             f"attempt {number} was left behind by attempt {newest}, which goes on with {store.uri}: this process must "

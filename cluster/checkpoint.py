@@ -203,7 +203,8 @@ class Checkpointer:
             with phase(Phase.SNAPSHOT):
                 mine = tensors if self._worker.rank == 0 else None
                 snapshot: Snapshot | Exception = self._taker.take(step, tables, mine, state, metrics or {})
-        except (ValueError, OSError) as error:
+        except Exception as error:
+            # The other ranks wait for what this one says.
             snapshot = error
         stall_s = time.perf_counter() - started_s
         job = SaveJob(
@@ -218,6 +219,7 @@ class Checkpointer:
             num_threads=self._num_threads,
             pace=self._pace,
             about={"digests": self._digests, "versions": self._versions, "wish": wish},
+            closing=self._closing,
         )
         self._pace.relax()
         self._saving = id, stall_s, self._background.submit(job.run)

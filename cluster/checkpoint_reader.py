@@ -123,7 +123,7 @@ class Checkpoint:
         data = bytes(self._read(self.manifest.tensors))
         try:
             return deserialize(data)
-        except SafetensorError as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DamagedObjectError(
                 f"object {self.manifest.tensors.key} in {self._store.uri} is not in the safetensors format: {error}"
             ) from error

@@ -115,7 +115,7 @@ def _write_segments(
         block = block_PX.reshape(-1).data
         del block_PX
         future = uploads.submit(f"{prefix}/{start:012d}-{stop:012d}.bin", [block], num_bytes)
-        del block
+        del block  # or it would stay in memory while the next one waits for room
         written.append(({"start": start, "stop": stop}, future))
     return written
 

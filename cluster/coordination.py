@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from cluster.attempts import SupersededError
 from cluster.coordinator import Coordinator
 from cluster.lease import BEAT_S, Holder, Lease, RunHeldError
+from cluster.manifest import ManifestError, NewerFormatError
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store, StoreError
 from cluster.stored_object import CheckpointError
@@ -24,7 +26,10 @@ IDLE_S = 1.0
 CLOSE_TIMEOUT_S = 10.0
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
-    for kind in (CheckpointError, SupersededError, RunHeldError, StoreError, ObjectMissingError, ValueError)
+    for kind in (
+        *(CheckpointError, SupersededError, RunHeldError, StoreError, ObjectMissingError),
+        *(ManifestError, NewerFormatError, ValueError),
+    )
 }
 
 
@@ -76,6 +81,7 @@ class CoordinatorService:
         self._store, self._coordinator, self._lease = store, coordinator, lease
         self._closing = threading.Event()
         self._arrived = threading.Event()
+        self._wishing = threading.Lock()
         self._wanted_saves = 0
         self._is_superseded = False
         self._threads = [
@@ -119,8 +125,10 @@ class CoordinatorService:
         """Ask for a checkpoint as soon as possible, before a machine goes or the group is resized; return the number of
         the wish, see `wishes`.
         """
-        self._wanted_saves += 1
-        return self._wanted_saves
+        # From the clock, so that a coordinator that was started again does not use numbers twice.
+        with self._wishing:
+            self._wanted_saves = max(self._wanted_saves + 1, time.time_ns() // 1_000_000)
+            return self._wanted_saves
 
     def wishes(self) -> dict[str, Any]:
         """Return {"saves": the number of the last wish for a checkpoint, "served": of the last one that is fulfilled,

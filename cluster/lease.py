@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from cluster.manifest import ManifestError, NewerFormatError, decode_document, encode_document
+from cluster.manifest import ManifestError, decode_document, encode_document
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
@@ -105,6 +105,7 @@ class Lease:
         self._since = ""
         self._beats = 0
         self._held = False
+        self._released = False
         # A beat that is on its way when the lease is released would take it again.
         self._writing = threading.Lock()
 
@@ -131,14 +132,19 @@ class Lease:
                 break
             self._sleep(_WATCH_S)
         self._since, self._beats = datetime.now(UTC).isoformat(timespec="seconds"), 0
-        self._held = True
+        self._held, self._released = True, False
         self._write(released=False)
 
     def beat(self) -> bool:
-        """Renew the heartbeat; False, and nothing is written, if somebody else has the lease by now."""
+        """Renew the heartbeat; False, and nothing is written, if somebody else has the lease by now.
+
+        Of a holder whose coordinator was started again it is renewed, too.
+        """
+        found = self._read()
+        with self._writing:
+            self._resume(found)
         if not self._held:
             return True
-        found = self._read()
         if found is not None and found["holder"]["token"] != self._holder.token:
             self._held = False
             return False
@@ -150,9 +156,18 @@ class Lease:
         """Say that nobody trains the run any more."""
         with self._writing:
             if not self._held:
-                return
-            self._held = False
-            self._put(released=True)
+                self._resume(self._read())
+            was_held = self._held
+            self._held, self._released = False, True
+            if was_held:
+                self._put(released=True)
+
+    def _resume(self, found: dict[str, Any] | None) -> None:
+        """Go on with the lease that this holder took before its coordinator was killed and started again."""
+        if self._held or self._released or found is None or found["released"]:
+            return
+        if found["holder"]["token"] == self._holder.token:
+            self._since, self._beats, self._held = found["since"], found["beats"], True
 
     def _write(self, *, released: bool) -> None:
         with self._writing:
@@ -174,10 +189,13 @@ class Lease:
 
 
 def read_heartbeat(store: Store) -> dict[str, Any] | None:
-    """Return {"holder", "since", "beats", "released", "renewed"}, None if there is none that can be read."""
+    """Return {"holder", "since", "beats", "released", "renewed"}, None if there is none that can be read.
+
+    NewerFormatError if a newer version of this package wrote it.
+    """
     try:
         document: Mapping[str, Any] = decode_document(store.get(KEY), f"{KEY} in {store.uri}")
         Holder(**document["holder"])
         return {name: document[name] for name in ("holder", "since", "beats", "released", "renewed")}
-    except (ObjectMissingError, ManifestError, NewerFormatError, KeyError, TypeError):
+    except (ObjectMissingError, ManifestError, KeyError, TypeError):
         return None

@@ -79,14 +79,15 @@ def _accept(listener: Listener, service: CoordinatorService, closing: threading.
 
 def _answer(connection: Connection, service: CoordinatorService, closing: threading.Event) -> None:
     try:
-        while True:
-            request = connection.recv_bytes()
-            if request == _CLOSE:
-                closing.set()
-                return
-            connection.send_bytes(service.answer(request.decode()).encode())
-    except (EOFError, OSError):
-        return  # the worker is gone
+        with connection:
+            while True:
+                request = connection.recv_bytes()
+                if request == _CLOSE:
+                    closing.set()
+                    return
+                connection.send_bytes(service.answer(request.decode()).encode())
+    except (EOFError, OSError, UnicodeDecodeError):
+        return  # the worker is gone, or it is none
 
 
 def close_coordinator(folder: str) -> None:
@@ -113,10 +114,13 @@ class LocalCoordinator:
         self._process = self._context.Process(target=serve, args=arguments, name="coordinator")
         self._process.start()
 
-    def start_again_if_dead(self) -> None:
-        """Start the process again if it has ended. CoordinatorGoneError if that happens all the time."""
-        if self._process is None or not wait([self._process.sentinel], 0):
-            return
+    def is_dead(self) -> bool:
+        """Whether the process was started and has ended."""
+        return self._process is not None and bool(wait([self._process.sentinel], 0))
+
+    def start_again(self) -> None:
+        """Start the process again after its end. CoordinatorGoneError if that happens all the time."""
+        assert self._process is not None, "it was started"
         self._process.join()
         if self._num_starts >= MAX_STARTS:
             raise CoordinatorGoneError(

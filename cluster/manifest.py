@@ -107,6 +107,7 @@ class StoredTable:
             if increment.index_dtype not in INDEX_DTYPES:
                 raise ManifestError(f"{increment.key}: found {increment.index_dtype!r}, expected int32 or int64")
             fits = 0 <= increment.start < increment.stop <= self.num_rows
+            fits = fits and 1 <= increment.num_rows <= increment.stop - increment.start
             row_and_number = self.row_bytes + INDEX_DTYPES[increment.index_dtype]
             if not fits or increment.num_bytes != increment.num_rows * row_and_number:
                 raise ManifestError(
@@ -176,15 +177,50 @@ class Manifest:
         """Read a document. ManifestError if it is damaged, NewerFormatError if it is newer; both name `where`."""
         document = decode_document(data, where)
         try:
+            _check_document(document)
             document["parent"] = ManifestId(*document["parent"]) if document["parent"] else None
             document["tensors"] = StoredObject(**document["tensors"])
             document["tables"] = {name: _table(**table) for name, table in document["tables"].items()}
             manifest = cls(**document)
             for stored in manifest.objects():
                 check_key(stored.key)
-        except (ManifestError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ManifestError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"{where} contradicts itself: {error}") from error
         return manifest
+
+
+_WHOLE = ("attempt", "step", "save", "num_rows", "num_bytes", "start", "stop", "row_shape", "parent")
+_TEXT = ("key", "sha256", "dtype", "index_dtype", "created")
+_LARGEST = 2**62
+
+
+def _check_document(document: Mapping[str, Any]) -> None:
+    """Raise ManifestError where a document holds something else than whole numbers that memory could count, or texts.
+
+    A checksum says that a document is what was written, not that it was written in good faith.
+    """
+    metrics = document.get("metrics", {})
+    if not all(type(number) in (int, float) for number in metrics.values()):
+        raise ManifestError(f"metrics: found {metrics!r}, expected numbers")
+    for name, item in document.items():
+        if name == "tables":
+            for table in item.values():
+                _check_kinds(table, name)
+        elif name not in ("state", "versions", "digests", "metrics"):
+            _check_kinds(item, name)
+
+
+def _check_kinds(value: object, name: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_kinds(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            _check_kinds(item, name)
+    elif name in _WHOLE and value is not None and not (type(value) is int and 0 <= value < _LARGEST):
+        raise ManifestError(f"{name}: found {value!r}, expected a whole number from 0 to 2^62")
+    elif name in _TEXT and not isinstance(value, str):
+        raise ManifestError(f"{name}: found {value!r}, expected a text")
 
 
 def _table(
@@ -227,6 +263,8 @@ def decode_document(data: bytes, where: str) -> dict[str, Any]:
         raise ManifestError(f"{where} is damaged: {len(data)} bytes that are not one of our documents") from error
     if not intact:
         raise ManifestError(f"{where} is damaged: its content differs from its checksum")
+    if type(number) is not int or number < 1:
+        raise ManifestError(f"{where} is damaged: found format {number!r}, expected a number from 1 to {FORMAT}")
     if number > FORMAT:
         raise NewerFormatError(
             f"{where} has format {number}, expected at most {FORMAT}: a newer version of this package wrote it; "

@@ -103,7 +103,7 @@ class Growth:
         """
         if any(self.kinds.get(name) != kind for name, kind in kinds.items()):
             return False
-        num_rows = max((rows for rows, _, _ in kinds.values()), default=1)
+        num_rows = max([1, *(rows for rows, _, _ in kinds.values())])
         expected = 0.0 if rows_written is None else self.segment_bytes * min(1.0, rows_written / num_rows)
         few = self.num_increments < MAX_INCREMENTS
         return few and self.increment_bytes + expected <= MAX_INCREMENT_SHARE * self.segment_bytes

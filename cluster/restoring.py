@@ -71,21 +71,27 @@ class Restoring:
         return (None if problems else found[0]), problems
 
     def _verify(self, id: ManifestId) -> tuple[Manifest | None, list[str]]:
-        return verify_share(self.store, id, self.worker.rank, self.worker.world_size, self.num_threads)
+        manifest, problems = verify_share(self.store, id, self.worker.rank, self.worker.world_size, self.num_threads)
+        if manifest:
+            self._check_digests(manifest)
+        return manifest, problems
 
     def _load(self, id: ManifestId, load: Load) -> tuple[Manifest | None, list[str]]:
         try:
             manifest = read_manifest(self.store, id)
         except (ManifestError, ObjectMissingError) as error:
             return None, [str(error)]
-        differing = [n for n, digest in self.digests.items() if manifest.digests.get(n, digest) != digest]
-        if differing:
-            raise CheckpointError(
-                f"{id.key} in {self.store.uri} was saved with another {' and '.join(differing)}; put the checkpoints "
-                "of this run back, or start a new run under another URI"
-            )
+        self._check_digests(manifest)
         try:
             load(Checkpoint(self.store, manifest, num_threads=self.num_threads))
         except DamagedObjectError as error:
             return manifest, [str(error)]
         return manifest, []
+
+    def _check_digests(self, manifest: Manifest) -> None:
+        differing = [n for n, digest in self.digests.items() if manifest.digests.get(n, digest) != digest]
+        if differing:
+            raise CheckpointError(
+                f"{manifest.id.key} in {self.store.uri} was saved with another {' and '.join(differing)}; put the "
+                "checkpoints of this run back, or start a new run under another URI"
+            )

@@ -8,7 +8,7 @@ an increment needs of older saves is named in its own manifest, and so stays wit
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.attempts import attempt_numbers
@@ -107,11 +107,15 @@ def plan_removal(
     return Removal(manifests=[*deletable, *orphans], objects=objects, folders=folders)
 
 
-def remove(store: Store, removal: Removal) -> None:
-    """Delete what was planned: manifests before objects."""
-    for id in removal.manifests:
-        store.delete(id.key)
-    for key in removal.objects:
+def remove(store: Store, removal: Removal, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Delete what was planned: manifests before objects.
+
+    on_progress: called before each deletion with how many are done, and of how many; what it raises ends the removal.
+    """
+    keys = [*(id.key for id in removal.manifests), *removal.objects]
+    for done, key in enumerate(keys):
+        if on_progress:
+            on_progress(done, len(keys))
         store.delete(key)
     for folder in removal.folders:
         store.remove_leftovers(folder)

@@ -72,7 +72,7 @@ def advise(error: BaseException, endpoint: str) -> str | None:
         response = getattr(seen, "response", None)
         if isinstance(response, dict):
             return _of_answer(response, endpoint)
-        if "TimeoutError" in names:
+        if names & {"TimeoutError", "ConnectionAbortedError"}:
             return f"{endpoint} takes connections and does not answer properly; {_ENDPOINT}"
     return None
 

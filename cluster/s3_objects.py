@@ -252,7 +252,7 @@ class S3Objects:
 
 
 async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s: float) -> Result:
-    """Return await request; TimeoutError if for timeout_s it neither takes bytes of its body nor ends.
+    """Return await request; ConnectionAbortedError if for timeout_s it neither takes bytes of its body nor ends.
 
     The time-outs of the client library begin when a body has been sent.
     """
@@ -264,7 +264,7 @@ async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s
             if done:
                 return task.result()
             if body.tell() == before:
-                raise TimeoutError(errno.ETIMEDOUT, f"nothing moved for {timeout_s:g} s")
+                raise ConnectionAbortedError(errno.ECONNABORTED, f"the server took nothing for {timeout_s:g} s")
     finally:
         task.cancel()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ class SaveJob:
     """One rank's part of a save. No torch collectives: a dead rank cannot hang it.
 
     snapshot: or what went wrong when it was taken. since: the checkpoint that increments add to, None for whole tables.
-    about: what rank 0 adds to its part, for the manifest.
+    about: what rank 0 adds to its part, for the manifest. closing: set when nobody waits for the outcome any more.
     """
 
     id: SaveId
@@ -39,6 +39,7 @@ class SaveJob:
     num_threads: int
     pace: Pace
     about: Mapping[str, Any]
+    closing: threading.Event
 
     def run(self) -> dict[str, Any]:
         """Write this rank's part, tell the coordinator, and return what became of the save: `Coordinator.state_of`."""
@@ -84,7 +85,8 @@ class SaveJob:
                 )
                 if outcome["state"] != COLLECTING:
                     return outcome
-                time.sleep(pause_s)
+                if self.closing.wait(pause_s):
+                    return {"state": FAILED, "error": "the process ended before the save did", "permanent": False}
                 pause_s = min(2 * pause_s, _LONGEST_POLL_S)
         except OSError as error:
             return {"state": FAILED, "error": str(error), "permanent": True}

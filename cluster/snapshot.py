@@ -63,7 +63,15 @@ class SnapshotTaker:
         copies = None if tensors is None else {name: self._copy(name, tensor) for name, tensor in tensors.items()}
         if copies is not None:
             self._buffers = dict(copies)
-        frozen = {name: self._freeze(table) for name, table in tables.items()}
+        frozen: dict[str, FrozenRows] = {}
+        try:
+            for name, table in tables.items():
+                frozen[name] = self._freeze(table)
+        except BaseException:
+            # Or their owner would go on saving old values, for nobody.
+            for rows in frozen.values():
+                rows.release()
+            raise
         if any(tensor.device.type == "cuda" for tensor in (tensors or {}).values()):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started_s

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cluster.row_table import tensor_bytes
-from cluster.store import Buffer
 
 _DTYPES = {
     torch.float64: "F64",
@@ -31,7 +30,7 @@ _DTYPES = {
 }
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> list[Buffer]:
+def serialize(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     """Return the parts of a safetensors file that holds host tensors of any shape. ValueError for other dtypes."""
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES or name == "__metadata__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cluster.store import Buffer, Store
@@ -67,19 +68,21 @@ class Uploads:
                 raise self._failed
             self._used_bytes += num_bytes
 
-    def submit(self, key: str, parts: list[Buffer], reserved: int) -> Future[StoredObject]:
-        """Write an object; when it is written, the list is emptied and the memory reserved for it is free again."""
-        return self._pool.submit(self._write, key, parts, reserved)
+    def submit(self, key: str, parts: Sequence[Buffer], reserved: int) -> Future[StoredObject]:
+        """Write an object; the memory reserved for it is free again when it is written."""
+        # The pool keeps what it is given until the call returns, rests included.
+        return self._pool.submit(self._write, key, [parts], reserved)
 
-    def _write(self, key: str, parts: list[Buffer], reserved: int) -> StoredObject:
+    def _write(self, key: str, only: list[Sequence[Buffer]], reserved: int) -> StoredObject:
         started_s = time.perf_counter()
+        parts = only.pop()
         try:
             return write_object(self._store, key, parts)
         except BaseException as error:
             self._failed = error
             raise
         finally:
-            parts.clear()  # the pool holds the list until the rest is over
+            del parts
             with self._freed:
                 self._used_bytes -= reserved
                 self._freed.notify_all()

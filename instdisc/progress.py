@@ -25,6 +25,7 @@ LOG_INTERVAL_S = 10.0
 _REDRAW_INTERVAL_S = 0.1
 _BAR_CELLS = 20
 _CLEAR = "\r\x1b[K"
+_UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 class Progress:
@@ -121,6 +122,16 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest_s:02d}" if hours else f"{minutes}:{rest_s:02d}"
 
 
+def in_bytes(num_bytes: int) -> str:
+    """Return a number of bytes with three figures: "512 B", "1.23 MB", "45.6 GB"."""
+    # Compared after rounding: 999,999 bytes are 1.00 MB and not 1,000 kB.
+    size, unit = next(((size, unit) for size, unit in _UNITS if num_bytes >= 0.9995 * size), (1, "B"))
+    value = num_bytes / size
+    if unit == "B" or value >= 99.95:
+        return f"{value:,.0f} {unit}"
+    return f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
+
+
 def _progress_line(event: Mapping[str, Any]) -> str:
     """Return what matters first first, since a narrow terminal cuts the end."""
     step, num_steps = event["step"], event["num_steps"]
@@ -212,4 +223,24 @@ class ImagesTold:
             text += f", {left} left"
         elif done:
             text += f" were {self._done_before} before"
+        self._tell({"kind": "phase", "text": text})
+
+
+class BytesTold:
+    """Tells how far a long work on bytes came: how many, speed and the time to go."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None], what: str) -> None:
+        """tell: takes the events. what: such as "verifying"."""
+        self._tell, self._what = tell, what
+        self._start_s = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` bytes are done."""
+        # In the unit of the total throughout: a log takes texts that differ in more than numbers for new phases.
+        size, unit = next(((s, u) for s, u in _UNITS if total >= s), (1, "B"))
+        text = f"{self._what}: {done / size:,.1f} of {total / size:,.1f} {unit}"
+        if done:
+            spent_s = max(1e-9, time.monotonic() - self._start_s)
+            left = duration((total - done) * spent_s / done)
+            text += f", {done / spent_s / 1e6:,.1f} MB/s, {left} left"
         self._tell({"kind": "phase", "text": text})

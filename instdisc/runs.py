@@ -78,9 +78,7 @@ class Run:
 
     def coordinator(self, config: TrainConfig) -> CoordinatorSpec:
         """Return what the coordinator of the run's checkpoints is started with."""
-        kept = config.checkpoint
-        retention = Retention(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
-        return CoordinatorSpec(uri=self.checkpoints().uri, retention=retention)
+        return CoordinatorSpec(uri=self.checkpoints().uri, retention=retention_of(config))
 
     def config(self) -> TrainConfig | None:
         """Return the stored configuration, None before the first start."""
@@ -199,6 +197,12 @@ def _with_norm_group(config: TrainConfig, workers: int) -> TrainConfig:
     while batch % group == 1:
         group += 1
     return config.with_overrides({"optim.norm_group": group})
+
+
+def retention_of(config: TrainConfig) -> Retention:
+    """Return which checkpoints a run keeps."""
+    kept = config.checkpoint
+    return Retention(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
 
 
 def read_curves(curves: dict[str, list[Any]]) -> dict[str, list[tuple[int, float]]]:

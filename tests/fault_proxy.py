@@ -25,7 +25,7 @@ KINDS = {
     "429": "TooManyRequests; the server is not asked",
     "stall": "no answer for stall_s, then the connection is closed; the server is not asked",
     "reset": "the connection is closed; the server is not asked",
-    "corrupt": "one byte of the request's body is changed (no fault where there is none)",
+    "corrupt": "one byte of what a PUT brings is changed on its way to the server (no fault for other requests)",
     "truncate": "the server does its work, its answer is cut in the middle",
     "lost": "the server does its work, its answer is dropped",
     "slow": "the server does its work, its answer trickles at bytes_per_s",
@@ -169,7 +169,7 @@ class FaultProxy:
         path = urlsplit(target).path
         fault = fault_of(self.seed, self.shares, method, path, self._seen[method, path])
         self._seen[method, path] += 1
-        if fault == "corrupt" and not request.body:
+        if fault == "corrupt" and not (method == "PUT" and request.body):
             fault = None
         self.counts["requests"] += 1
         self.counts.update([fault] if fault else [])

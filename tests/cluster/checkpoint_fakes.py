@@ -1,13 +1,17 @@
-"""Hand-written stand-ins for the tests of checkpoints: a worker group of threads, and a store that fails on request."""
+"""Hand-written stand-ins for the tests of checkpoints: a worker group, an in-line coordinator, stores that fail."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.coordination import answered, packed, unpacked
+from cluster.coordinator import Coordinator
+from cluster.retention import Retention
 from cluster.store import Store
 
 TIMEOUT_S = 30
@@ -62,6 +66,34 @@ def run_group(world_size: int, function: Callable[[ThreadWorker], Any]) -> list[
     return outcomes
 
 
+class InlineCoordination:
+    """A coordinator that works inside the calls: no threads, no heartbeat, so that operations come in one order."""
+
+    def __init__(self, store: Store, retention: Retention | None = None) -> None:
+        self._store, self._retention = store, retention
+        self._lock = threading.Lock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything, as a coordinator does that was killed and started again."""
+        self.coordinator = Coordinator(self._store, retention=self._retention)
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        with self._lock:
+            methods = {
+                "begin_attempt": self.coordinator.begin_attempt,
+                "start_attempt": self.coordinator.start_attempt,
+                "acknowledge": self._acknowledge,
+            }
+            return unpacked(answered(packed(method, arguments), methods))
+
+    def _acknowledge(self, *, attempt: int, step: int, number: int, **rest: Any) -> dict[str, Any]:
+        self.coordinator.acknowledge(attempt, step, number, **rest)
+        while self.coordinator.work():
+            pass
+        return self.coordinator.state_of(attempt, step, number)
+
+
 class Killed(BaseException):
     """The process ends here; not an Exception, so that nothing can handle it."""
 
@@ -109,3 +141,15 @@ class FaultyStore(Store):
 
     def remove_leftovers(self, folder):
         self._do("remove_leftovers", folder)
+
+
+class SlowStore(Store):
+    """A store that takes its time over every object that it writes."""
+
+    def __init__(self, uri: str, delay_s: float) -> None:
+        super().__init__(uri)
+        self.delay_s = delay_s
+
+    def put(self, key, *parts):
+        time.sleep(self.delay_s)
+        super().put(key, *parts)

@@ -1,10 +1,13 @@
-"""A real S3 server for the tests of this folder, started by the first that needs it."""
+"""Stores for the tests of this folder: in memory, and a real S3 server, started by the first that needs it."""
 
 from __future__ import annotations
 
+import re
 import uuid
+from collections.abc import Iterator
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from seaweed import Seaweed
 
 
@@ -33,6 +36,14 @@ def s3_environment(s3_server, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def s3_uri(s3_environment) -> str:
-    """A place of its own on the server."""
-    return f"s3://images/{uuid.uuid4().hex}/run"
+def s3_uri(s3_environment, request) -> str:
+    """A place of its own on the server, the same in every session: the faults of a proxy depend on it."""
+    return f"s3://images/{re.sub('[^a-z0-9_]', '-', request.node.name)}/run"
+
+
+@pytest.fixture
+def uri() -> Iterator[str]:
+    """A store of its own in memory."""
+    yield f"memory://{uuid.uuid4().hex}"
+    # The memory file system belongs to the process, and its listings look at everything in it.
+    MemoryFileSystem.store.clear()

@@ -13,7 +13,7 @@ import time
 import torch
 from checkpoint_fakes import ThreadWorker
 
-from cluster.checkpoint import Checkpointer, RowTable
+from cluster.checkpoint import Checkpointer, Retention, RowTable
 from cluster.store import Store
 
 TIMEOUT_S = 60
@@ -21,7 +21,7 @@ TIMEOUT_S = 60
 
 def save_forever(folder: str, pipe: int) -> None:
     signal.alarm(TIMEOUT_S)  # in case that the parent is killed
-    checkpointer = Checkpointer(Store(folder), worker=ThreadWorker(), block_rows=1000, keep_last=2)
+    checkpointer = Checkpointer(Store(folder), worker=ThreadWorker(), block_rows=1000, retention=Retention(last=2))
     checkpoint = checkpointer.restore()
     step = checkpoint.step if checkpoint else 0
     checkpointer.begin_attempt()
@@ -54,9 +54,9 @@ def kill_one(folder: str, num_saves: int, delay_s: float) -> int:
 def main(folder: str, num_rounds: int) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     moments = random.Random(0)
-    for _ in range(num_rounds):
+    for round_number in range(num_rounds):
         returned = kill_one(folder, moments.randrange(4), moments.uniform(0, 0.05))
-        checkpointer = Checkpointer(Store(folder), worker=ThreadWorker(), keep_last=2)
+        checkpointer = Checkpointer(Store(folder), worker=ThreadWorker(), retention=Retention(last=2))
         checkpoint = checkpointer.restore()
         restored, values = 0, torch.tensor([0])
         if checkpoint:
@@ -64,8 +64,10 @@ def main(folder: str, num_rounds: int) -> None:
             values = torch.cat([checkpoint.rows("bank").flatten(), checkpoint.tensors()["w"]])
         document = {"returned": returned, "restored": restored, "values": values.unique().tolist()}
         print(json.dumps({**document, "warnings": checkpointer.warnings}), flush=True)
-    checkpointer.begin_attempt()
-    checkpointer.save(restored + 1, {}, {}, {})
+        checkpointer.begin_attempt()
+        if round_number == num_rounds - 1:
+            checkpointer.save(restored + 1, {}, {}, {})
+        checkpointer.close()
 
 
 if __name__ == "__main__":

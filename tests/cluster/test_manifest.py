@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cluster.manifest import (
     FORMAT,
+    Increment,
     Manifest,
     ManifestError,
     ManifestId,
@@ -23,7 +24,6 @@ from cluster.manifest import (
     encode_document,
     visible_chain,
 )
-from cluster.retention import keep
 from cluster.row_table import block_ranges
 from cluster.stored_object import StoredObject
 
@@ -42,10 +42,22 @@ def segment(start: int, stop: int, row_bytes: int = 8) -> Segment:
 
 
 def manifest(state=None) -> Manifest:
-    table = StoredTable(num_rows=5, row_shape=(2,), dtype="float32", segments=(segment(0, 3), segment(3, 5)))
+    increment = Increment(
+        start=1, stop=4, num_rows=2, index_dtype="int32", key="objects/000002/1", num_bytes=2 * (8 + 4), sha256="ef"
+    )
+    table = StoredTable(
+        num_rows=5,
+        row_shape=(2,),
+        dtype="float32",
+        segments=(segment(0, 3), segment(3, 5)),
+        increments=(increment,),
+    )
     return Manifest(
         attempt=2,
         step=10,
+        save=3,
+        digests={"data": "ab"},
+        metrics={"knn": 0.5},
         parent=ManifestId(1, 7),
         created="2025-01-01T00:00:00+00:00",
         versions={"torch": "2.11"},
@@ -112,7 +124,7 @@ def test_a_manifest_of_a_newer_format_is_refused_with_advice(monkeypatch):
     monkeypatch.setattr("cluster.manifest.FORMAT", FORMAT + 1)
     data = encode_document({"written_by": "the future"})
     monkeypatch.undo()
-    with pytest.raises(NewerFormatError, match=r"here has format 2, expected at most 1.*update the package") as caught:
+    with pytest.raises(NewerFormatError, match=r"here has format 3, expected at most 2.*update the package") as caught:
         Manifest.from_bytes(data, "here")
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -127,6 +139,11 @@ def test_a_manifest_of_a_newer_format_is_refused_with_advice(monkeypatch):
         lambda d: d["tables"]["bank"].update(dtype="object"),
         lambda d: d["tables"]["bank"]["segments"][0].update(num_bytes=25),
         lambda d: d["tables"]["bank"]["segments"][0].update(key="../../etc/passwd"),
+        lambda d: d["tables"]["bank"]["increments"][0].update(stop=6),
+        lambda d: d["tables"]["bank"]["increments"][0].update(num_rows=3),
+        lambda d: d["tables"]["bank"]["increments"][0].update(index_dtype="int64"),
+        lambda d: d["tables"]["bank"]["increments"][0].update(key="/etc/passwd"),
+        lambda d: d["metrics"].update(knn="0.5"),
         lambda d: d.update(surprise=1),
     ],
 )
@@ -155,6 +172,13 @@ def test_the_blocks_of_all_ranks_tile_the_rows_and_begin_at_block_or_rank_bounda
     for start, stop in ranges:
         assert start // block_rows == (stop - 1) // block_rows
         assert start % block_rows == 0 or start in bounds
+
+
+@pytest.mark.parametrize("name", ["state", "metrics", "versions", "digests", "parent", "start", "key", "tables"])
+def test_a_table_may_have_any_name(name):
+    original = manifest()
+    renamed = replace(original, tables={name: original.tables["bank"]})
+    assert Manifest.from_bytes(renamed.to_bytes(), "here") == renamed
 
 
 @given(st.sets(st.integers(0, 40), min_size=1).map(sorted), st.integers(0, 40), st.integers(1, 40), st.integers(1, 50))
@@ -202,16 +226,3 @@ def test_zombies_that_keep_writing_never_become_visible(operations):
             if number == len(parents):
                 history = [*history, written[-1]]
         assert visible_chain(parents, reversed(written)) == history
-
-
-@given(st.lists(st.integers(0, 99), unique=True).map(sorted), st.integers(1, 8))
-def test_retention_keeps_the_last_n_and_gives_up_the_rest(steps, keep_last):
-    manifests = [ManifestId(1, step) for step in steps]
-    kept, deletable = keep(manifests, keep_last)
-    assert deletable + kept == manifests
-    assert len(kept) == min(keep_last, len(manifests))
-
-
-def test_retention_refuses_to_keep_nothing():
-    with pytest.raises(ValueError, match="keep_last: found 0, expected at least 1"):
-        keep([], 0)

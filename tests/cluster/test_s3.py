@@ -24,7 +24,7 @@ from cluster import patience, s3_objects
 from cluster.store import Store, StoreError
 
 MIB = 2**20
-SECRETS = ("testsecret123", READER_SECRET, "a-wrong-secret", "hunter2")
+SECRETS = ("testsecret123", READER_SECRET, "hunter3hunter3", "hunter2")
 
 
 def client():
@@ -193,7 +193,7 @@ WRONG = {
         "found no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     ),
     "half of the credentials": ({"AWS_SECRET_ACCESS_KEY": None}, "found only a part of the credentials; set AWS_"),
-    "a wrong secret": ({"AWS_SECRET_ACCESS_KEY": "a-wrong-secret"}, "the secret key is a wrong one; set AWS_"),
+    "a wrong secret": ({"AWS_SECRET_ACCESS_KEY": "hunter3hunter3"}, "the secret key is a wrong one; set AWS_"),
     "an unknown key": ({"AWS_ACCESS_KEY_ID": "nobody"}, "the server does not know this access key; set AWS_"),
     "a profile that is not there": ({"AWS_PROFILE": "nobody"}, "AWS_PROFILE names a profile that"),
     "a password in the address": ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:1"}, "leave them out. set AWS_"),

@@ -1,0 +1,256 @@
+"""Checkpoints that somebody made to harm whoever loads them, with checksums that fit: nothing of them is executed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_content import assert_holds, run_saves, save, start, whole_tables
+from checkpoint_fakes import ThreadWorker
+
+import cluster
+import dataloading
+import instdisc
+from cluster.checkpoint import CheckpointError, RowTable, read_latest
+from cluster.manifest import encode_document
+from cluster.store import Store
+from cluster.stored_object import DamagedObjectError, write_object
+
+PATIENCE_S = 5
+# What travels between the processes of a run may be pickled (the same person starts both), what is stored may not.
+BETWEEN_PROCESSES = {"failures.py", "local_child.py", "local_processes.py", "ray_trainer.py", "ray_worker.py"}
+EXECUTING = re.compile(
+    r"\b(pickle|cloudpickle|dill|joblib|marshal|shelve)\.(load|loads|Unpickler|open)\b|(?<!safetensors\.)torch\.load\(|torch\.package"
+    r"|allow_pickle\s*=\s*True|(?<![\w.])(eval|exec|__import__)\(|yaml\.(unsafe_)?load\(|np\.load\((?!.*allow_pickle=False)"
+)
+
+
+def test_nothing_in_the_packages_could_execute_what_is_stored():
+    found = {}
+    for package in (cluster, dataloading, instdisc):
+        for path in Path(package.__path__[0]).rglob("*.py"):
+            lines = [line.strip() for line in path.read_text().splitlines() if EXECUTING.search(line)]
+            if lines:
+                found[path.name] = lines
+    assert set(found) <= BETWEEN_PROCESSES, found
+    assert found, "the expression finds what is there"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch.load(path)", "x = pickle.loads(data)", "y = eval(text)", "np.load(f)", "yaml.load(f)", "exec(code)"],
+)
+def test_the_expression_for_what_executes_finds_it(line):
+    assert EXECUTING.search(line)
+    assert not EXECUTING.search(line.replace("load", "lode").replace("eval", "model.eval").replace("exec", "m.exec"))
+
+
+class Payload:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("load", [None, lambda checkpoint: checkpoint.tensors()])
+def test_a_pickle_in_place_of_tensors_is_not_executed(tmp_path, load):
+    store = Store(tmp_path / "run")
+    run_saves(store, [10, 20])
+    stored = write_object(
+        store, read_latest(store).manifest.tensors.key, [pickle.dumps({"w": Payload(tmp_path / "executed")})]
+    )
+    rewrite(store, lambda document: document["tensors"].update(num_bytes=stored.num_bytes, sha256=stored.sha256))
+    with pytest.raises(
+        DamagedObjectError, match=r"tensors.safetensors in .* is not in the safetensors format: .*header"
+    ):
+        read_latest(store).tensors()
+    _, checkpoint = start(store, load=load)
+    assert checkpoint.step == (10 if load else 20), "without load nobody has looked into it"
+    assert not (tmp_path / "executed").exists()
+
+
+def rewrite(store: Store, change: Callable[[dict[str, Any]], object], key: str | None = None) -> None:
+    """Change a document (the newest manifest) and give it the checksum that fits."""
+    key = key or store.list("manifests/")[-1]
+    document = json.loads(store.get(key))
+    del document["sha256"], document["format"]
+    document = change(document) or document
+    store.put(key, encode_document(document))
+
+
+def segment(document: dict[str, Any]) -> dict[str, Any]:
+    return document["tables"]["bank"]["segments"][0]
+
+
+def put_first(document: dict[str, Any], **changes: Any) -> None:
+    segment(document).update(changes)
+
+
+HOSTILE = {
+    "a key above the store": lambda d: put_first(d, key="../../etc/passwd"),
+    "an absolute key": lambda d: put_first(d, key="/etc/passwd"),
+    "a key with a hidden part": lambda d: put_first(d, key="objects/./../../../x"),
+    "a key that is a number": lambda d: put_first(d, key=17),
+    "a key that is empty": lambda d: put_first(d, key=""),
+    "a checksum that is a list": lambda d: put_first(d, sha256=[1]),
+    "negative bytes": lambda d: d["tensors"].update(num_bytes=-5),
+    "bytes that no memory holds": lambda d: d["tensors"].update(num_bytes=2**70),
+    "bytes that are a fraction": lambda d: d["tensors"].update(num_bytes=1.5),
+    "bytes that are a text": lambda d: d["tensors"].update(num_bytes="x"),
+    "bytes that are true": lambda d: d["tensors"].update(num_bytes=True),
+    "rows beyond all numbers": lambda d: d["tables"]["bank"].update(num_rows=10**400),
+    "rows that repeat": lambda d: d["tables"]["bank"]["segments"].insert(0, dict(segment(d))),
+    "a shape beyond memory": lambda d: d["tables"]["bank"].update(row_shape=[2**40, 2**40]),
+    "a negative shape": lambda d: d["tables"]["bank"].update(row_shape=[-6, -1]),
+    "a shape that is deep": lambda d: d["tables"]["bank"].update(row_shape=[[[6]]]),
+    "a dtype that is an object": lambda d: d["tables"]["bank"].update(dtype="object"),
+    "a dtype that is code": lambda d: d["tables"]["bank"].update(dtype="__import__('os').abort()"),
+    "an increment without rows": lambda d: add_increment(d, num_rows=0, num_bytes=0),
+    "an increment of fewer than no rows": lambda d: add_increment(d, num_rows=-1, num_bytes=-16),
+    "an increment of more rows than it spans": lambda d: add_increment(d, num_rows=5, num_bytes=80),
+    "an increment of numbers of another kind": lambda d: add_increment(d, index_dtype="object"),
+    "an increment outside the table": lambda d: add_increment(d, start=36, stop=39),
+    "a table that is a list": lambda d: d.update(tables=[1, 2]),
+    "a table that is a text": lambda d: d["tables"].update(bank="x"),
+    "a step that is a text": lambda d: d.update(step="20"),
+    "a step of another manifest": lambda d: d.update(step=21),
+    "a parent that is deep": lambda d: d.update(parent=[[[[1]]]]),
+    "a parent of three": lambda d: d.update(parent=[1, 2, 3]),
+    "metrics that are texts": lambda d: d.update(metrics={"accuracy": "x"}),
+    "metrics that are none": lambda d: d.update(metrics=None),
+    "a field of dunder name": lambda d: d.update(__class__="os"),
+    "a segment of dunder name": lambda d: put_first(d, __init__="os"),
+    "no document at all": lambda d: {"surprise": 1},
+}
+
+
+def add_increment(document: dict[str, Any], **changes: Any) -> None:
+    table = document["tables"]["bank"]
+    about = {"key": "objects/000001/x", "num_bytes": 32, "sha256": "ab", "start": 3, "stop": 6, "num_rows": 2}
+    table["increments"] = [{**about, "index_dtype": "int32", **changes}]
+
+
+@pytest.mark.parametrize("load", [None, lambda checkpoint: checkpoint.rows("bank") and None])
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_manifest_is_skipped_for_the_checkpoint_before(tmp_path, change, load):
+    store = Store(tmp_path / "run")
+    run_saves(store, [10, 20])
+    rewrite(store, change)
+    outside = snapshot_of(tmp_path, "run")
+    started_s = time.monotonic()
+
+    assert_holds(read_latest(store), 10)
+    load = None if load is None else lambda checkpoint: assert_holds(checkpoint, 10)
+    checkpointer, checkpoint = start(store, load=load, keep_last=1)
+    assert_holds(checkpoint, 10)
+    assert "step 20 (attempt 1) is damaged and was skipped" in checkpointer.warnings[0]
+    save(checkpointer, ThreadWorker(), 30)
+    assert store.exists("manifests/000001-000000000020.json"), "kept for inspection"
+    assert_holds(read_latest(store), 30)
+    assert time.monotonic() - started_s < PATIENCE_S
+    assert snapshot_of(tmp_path, "run") == outside
+
+
+def snapshot_of(folder: Path, without: str) -> dict[str, bytes | None]:
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.relative_to(folder).parts[0] != without
+    }
+
+
+TEXTS = {
+    "a document nested a million deep": b"[" * 1_000_000,
+    "a state nested a hundred thousand deep": b'{"state":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_001,
+    "a number of a million digits": b'{"step": ' + b"9" * 1_000_000 + b"}",
+    "not a number": b'{"step": NaN, "sha256": "x", "format": 2}',
+    "no object": b"17",
+    "no text": bytes(range(256)),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("key", ["manifests/000001-000000000020.json", "attempts/000001.start.json", "heartbeat.json"])
+def test_a_hostile_text_ends_in_an_error_or_the_checkpoint_before_at_once(uri, text, key):
+    store = Store(uri)
+    run_saves(store, [10, 20])
+    store.put(key, text)
+    started_s = time.monotonic()
+    if key.startswith("attempts/"):
+        with pytest.raises(CheckpointError, match=f"put {key} in .* back from a copy"):
+            start(store)
+    else:
+        _, checkpoint = start(store, coordinator=None)
+        assert_holds(checkpoint, 10 if key.startswith("manifests/") else 20)
+    assert time.monotonic() - started_s < PATIENCE_S
+
+
+@pytest.mark.parametrize("number", [0, -1, "2", 2.5, True, None, [2], float("nan")])
+def test_a_format_that_is_no_number_of_a_format_is_damage(uri, number):
+    store = Store(uri)
+    run_saves(store, [10, 20])
+    key = "manifests/000001-000000000020.json"
+    document = json.loads(store.get(key))
+    del document["sha256"]
+    document["format"] = number
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    store.put(key, json.dumps({**document, "sha256": hashlib.sha256(text.encode()).hexdigest()}).encode())
+    _, checkpoint = start(store)
+    assert_holds(checkpoint, 10)
+
+
+RECORDS = {
+    "a parent of texts": lambda d: d.update(parent=["../../x", "y"]),
+    "a parent of one": lambda d: d.update(parent=[1]),
+    "a parent in the future": lambda d: d.update(parent=[7, 1]),
+    "damaged ones that are texts": lambda d: d.update(damaged=[["../../x", "y"]]),
+    "damaged ones that are numbers": lambda d: d.update(damaged=[1]),
+    "damaged ones of fractions": lambda d: d.update(damaged=[[1.5, 2]]),
+    "another number": lambda d: d.update(number=1),
+}
+
+
+@pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS.keys())
+def test_a_hostile_record_of_an_attempt_is_refused(uri, change):
+    store = Store(uri)
+    run_saves(store, [10])
+    run_saves(store, [20])
+    rewrite(store, change, "attempts/000002.start.json")
+    with pytest.raises(CheckpointError, match=r"put attempts/000002.start.json in .* back from a copy"):
+        start(store)
+
+
+@pytest.mark.parametrize("numbers", [[5, 5], [6, 5], [4, 7], [-1, 5], [2**31 - 1, 5]])
+@pytest.mark.parametrize("load", [False, True])
+def test_an_increment_whose_numbers_of_rows_are_wrong_is_damage_where_it_is_read(uri, numbers, load):
+    store = Store(uri)
+    rows = whole_tables(1)["weights"]
+    last = torch.full((37,), 10, dtype=torch.int32)
+    checkpointer, _ = start(store)
+    checkpointer.save(10, {"t": RowTable(37, 0, rows, last)}, {}, {})
+    last[:] = 1
+    last[5:7] = 11
+    checkpointer.save(11, {"t": RowTable(37, 0, rows, last)}, {}, {})
+    table = read_latest(store).tables["t"]
+    assert [i.num_rows for i in table.increments] == [2]
+    data = bytearray(store.get(table.increments[0].key))
+    data[-8:] = b"".join(int(number).to_bytes(4, "little", signed=True) for number in numbers)
+    stored = write_object(store, table.increments[0].key, [data])
+    rewrite(store, lambda d: d["tables"]["t"]["increments"][0].update(sha256=stored.sha256))
+
+    with pytest.raises(CheckpointError, match="holds other rows than"):
+        read_latest(store).rows("t")
+    if load:
+        checkpointer, checkpoint = start(store, load=lambda checkpoint: checkpoint.rows("t"))
+        assert checkpoint.step == 10
+        assert "holds other rows than" in checkpointer.warnings[0]
