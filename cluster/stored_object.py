@@ -52,17 +52,17 @@ def write_object(store: Store, key: str, parts: Sequence[Buffer]) -> StoredObjec
     return StoredObject(key=key, num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def read_object(store: Store, expected: StoredObject) -> bytes:
+def read_object(store: Store, expected: StoredObject) -> bytearray:
     """Return the object's bytes. DamagedObjectError if it is missing, shorter, longer or different."""
     data = bytearray(expected.num_bytes)
     read_into(store, expected, memoryview(data))
-    return bytes(data)
+    return data
 
 
-def read_into(store: Store, expected: StoredObject, target: memoryview | None) -> None:
-    """Read an object into memory of its size, or only verify it (None), in ranges of 16 MiB. Errors as `read_object`.
+def read_into(store: Store, expected: StoredObject, target: memoryview | None, start: int = 0) -> None:
+    """Read an object in ranges of 16 MiB and verify it; its bytes from `start` on fill `target`, None: nothing.
 
-    What is in `target` after an error is not what was written.
+    Errors as `read_object`. What is in `target` after an error is not what was written.
     """
     digest = hashlib.sha256()
     done = 0
@@ -81,8 +81,11 @@ def read_into(store: Store, expected: StoredObject, target: memoryview | None) -
             )
         digest.update(data)
         if target is not None:
-            target[done : done + len(data)] = data
+            low, high = max(done, start), min(done + len(data), start + len(target))
+            if low < high:
+                target[low - start : high - start] = memoryview(data)[low - done : high - done]
         done += len(data)
+        del data  # before the next range takes its memory
         if stop > expected.num_bytes:
             break
     if digest.hexdigest() != expected.sha256:
