@@ -92,8 +92,8 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, into: Tensor) -> None:
         """Read the rows from `start` on into a tensor (R, ...) of the table's dtype, on any device.
 
-        In host memory nothing but the objects that lie across the ends takes memory beside it. After an error its
-        content is undefined. Raises ValueError where the tensor does not fit the table.
+        In host memory nothing but ranges of objects, and increments, take memory beside it. After an error its content
+        is undefined. Raises ValueError where the tensor does not fit the table.
         """
         table = self._table(name)
         found = tuple(into.shape[1:]), str(into.dtype).removeprefix("torch.")
@@ -108,7 +108,7 @@ class Checkpoint:
             view = target.view(segment.start, segment.stop)
             if view is not None:
                 with self._explained():
-                    read_into(self._store, segment, view)
+                    read_into(self._store, segment, view, max(0, start - segment.start) * table.row_bytes)
                 return
             data = np.frombuffer(self._read(segment), np.uint8)
             target.write(segment.start, data.reshape(segment.stop - segment.start, table.row_bytes))
@@ -120,7 +120,7 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
-        data = self._read(self.manifest.tensors)
+        data = bytes(self._read(self.manifest.tensors))
         try:
             return deserialize(data)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -133,7 +133,7 @@ class Checkpoint:
             raise ValueError(f"table: found {name!r}, expected one of {', '.join(self.tables) or 'none'}")
         return self.tables[name]
 
-    def _read(self, stored: StoredObject) -> bytes:
+    def _read(self, stored: StoredObject) -> bytearray:
         with self._explained():
             return read_object(self._store, stored)
 
@@ -170,10 +170,10 @@ class _Target:
         self._bytes_RX = row_view(into) if in_place else None
 
     def view(self, start: int, stop: int) -> memoryview | None:
-        """Return the memory of rows [start, stop) where all of them have a place in host memory."""
-        if self._bytes_RX is None or start < self.start or stop > self.stop:
+        """Return the memory of those of rows [start, stop) that have a place here; None outside host memory."""
+        if self._bytes_RX is None:
             return None
-        return self._bytes_RX[start - self.start : stop - self.start].reshape(-1).data
+        return self._bytes_RX[max(0, start - self.start) : stop - self.start].reshape(-1).data
 
     def write(self, start: int, rows_PX: np.ndarray) -> None:
         """Write those of the rows from `start` on that have a place here."""
@@ -193,7 +193,7 @@ class _Target:
         self._into[torch.from_numpy(places_P).to(self._into.device)] = values_P.to(self._into.device)
 
 
-def _decoded(increment: Increment, data: bytes, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(increment: Increment, data: bytearray, row_bytes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the row numbers, int64 (P,), and the rows, bytes (P, X), of an increment. DamagedObjectError if odd."""
     at = increment.num_rows * row_bytes
     rows_PX = np.frombuffer(data, np.uint8, count=at).reshape(increment.num_rows, row_bytes)

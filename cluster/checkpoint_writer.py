@@ -14,12 +14,12 @@ import numpy as np
 
 from cluster.manifest import ManifestId
 from cluster.row_guard import FrozenRows
-from cluster.row_table import RowTable
+from cluster.row_table import BLOCK_BYTES, RowTable
 from cluster.snapshot import Snapshot
 from cluster.store import Store
 from cluster.stored_object import StoredObject
 from cluster.tensor_file import serialize
-from cluster.uploads import Pace, Uploads
+from cluster.uploads import MEMORY_BYTES, Pace, Uploads
 
 PIECE_BYTES = 8 * 2**20
 """Bytes that are copied while the owner of the rows cannot write."""
@@ -40,12 +40,13 @@ def write_part(
     """Write a rank's snapshot under `prefix`; return what `parts.join_parts` reads, as JSON.
 
     since: the checkpoint to which tables that know when their rows were written add increments; None writes whole
-    tables. Beside the rows it takes some 128 MiB of memory.
+    tables. Beside the rows it takes some 128 MiB of memory and an eighth of theirs, at most a block for each thread.
     """
     started_s = time.perf_counter()
     tables: dict[str, dict[str, Any]] = {}
     pending: list[tuple[list[dict[str, Any]], dict[str, Any], Future[StoredObject]]] = []
-    with Uploads(store, num_threads=num_threads, pace=pace) as uploads:
+    memory_bytes = _memory_bytes(snapshot, num_threads)
+    with Uploads(store, num_threads=num_threads, pace=pace, memory_bytes=memory_bytes) as uploads:
         tensors = _submit_tensors(uploads, prefix, snapshot)
         for name, table in snapshot.tables.items():
             kind = "segments" if since is None or table.last_step is None else "increments"
@@ -80,6 +81,15 @@ def write_part(
     }
 
 
+def _memory_bytes(snapshot: Snapshot, num_threads: int) -> int:
+    """Return the bytes of objects that may be in memory at once.
+
+    With a block for each thread hardly any of them waits; for few rows that would be too much.
+    """
+    rows_bytes = sum(table.rows.numel() * table.rows.itemsize for table in snapshot.tables.values())
+    return max(MEMORY_BYTES, min(MEMORY_BYTES + rows_bytes // 8, num_threads * BLOCK_BYTES))
+
+
 def _submit_tensors(uploads: Uploads, prefix: str, snapshot: Snapshot) -> Future[StoredObject] | None:
     if snapshot.tensors is None:
         return None
@@ -97,11 +107,12 @@ def _write_segments(
     for start, stop in table.segments(block_rows):
         num_bytes = (stop - start) * table.row_bytes
         uploads.reserve(num_bytes)
-        block = bytearray(num_bytes)
-        block_PX = np.frombuffer(block, np.uint8).reshape(stop - start, table.row_bytes)
+        # numpy asks for huge pages: with small ones the kernel takes longer to make them than the rows to be copied.
+        block_PX = np.empty((stop - start, table.row_bytes), np.uint8)
         for at in range(0, stop - start, piece_rows):
             to = min(at + piece_rows, stop - start)
             frozen.read(start - table.start + to, block_PX[at:to])
+        block = block_PX.reshape(-1).data
         del block_PX
         future = uploads.submit(f"{prefix}/{start:012d}-{stop:012d}.bin", [block], num_bytes)
         del block  # or it would stay in memory while the next one waits for room

@@ -135,10 +135,13 @@ class LocalCoordinator:
         process.start()
         self._process = process  # one that could not be started cannot be ended, either
 
-    def start_again_if_dead(self) -> None:
-        """Start the process again if it has ended. CoordinatorGoneError if that happens all the time."""
-        if self._process is None or not wait([self._process.sentinel], 0):
-            return
+    def is_dead(self) -> bool:
+        """Whether the process was started and has ended."""
+        return self._process is not None and bool(wait([self._process.sentinel], 0))
+
+    def start_again(self) -> None:
+        """Start the process again after its end. CoordinatorGoneError if that happens all the time."""
+        assert self._process is not None, "it was started"
         self._process.join()
         if self._num_starts >= MAX_STARTS:
             raise CoordinatorGoneError(

@@ -178,9 +178,9 @@ def _supervise(
     stop_sent = False
     while not all(worker.result is not None and worker.ended for worker in workers):
         wait([ready for worker in workers for ready in worker.waitables()], POLL_INTERVAL_S)
-        if coordinator is not None:
+        if coordinator is not None and coordinator.is_dead():
             with _helper_environment():
-                coordinator.start_again_if_dead()
+                coordinator.start_again()
         for worker in workers:
             worker.receive(on_event)
         if any(worker.failed for worker in workers):

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from cluster.store import Store, check_key
-from cluster.stored_object import StoredObject
+from cluster.stored_object import ALGORITHMS, StoredObject
 
 FORMAT = 2
-"""1: tables of segments only. 2: increments, digests, metrics and the number of the save."""
+"""1: tables of segments only, SHA-256. 2: increments, XXH3, digests, metrics and the number of the save."""
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 """Dtypes of tables, and the bytes of a number of each."""
 INDEX_DTYPES = {"int32": 4, "int64": 8}
@@ -179,19 +179,22 @@ class Manifest:
         try:
             _check_document(document)
             document["parent"] = ManifestId(*document["parent"]) if document["parent"] else None
-            document["tensors"] = StoredObject(**document["tensors"])
+            document["tensors"] = StoredObject(**_of_format_2(document["tensors"]))
             document["tables"] = {name: _table(**table) for name, table in document["tables"].items()}
             manifest = cls(**document)
             for stored in manifest.objects():
                 check_key(stored.key)
+                if stored.checksum.partition(":")[0] not in ALGORITHMS:
+                    raise ManifestError(f"checksum of {stored.key}: found {stored.checksum!r}, expected {_KNOWN}")
         except (ManifestError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ManifestError(f"{where} contradicts itself: {error}") from error
         return manifest
 
 
 _WHOLE = ("attempt", "step", "save", "num_rows", "num_bytes", "start", "stop", "row_shape", "parent")
-_TEXT = ("key", "sha256", "dtype", "index_dtype", "created")
+_TEXT = ("key", "checksum", "sha256", "dtype", "index_dtype", "created")
 _LARGEST = 2**62
+_KNOWN = " or ".join(f"{name}:…" for name in ALGORITHMS)
 
 
 def _check_document(document: Mapping[str, Any]) -> None:
@@ -227,11 +230,21 @@ def _table(
     segments: list[dict[str, Any]], row_shape: list[int], increments: Sequence[dict[str, Any]] = (), **rest: Any
 ) -> StoredTable:
     return StoredTable(
-        segments=tuple(Segment(**s) for s in segments),
+        segments=tuple(Segment(**_of_format_2(s)) for s in segments),
         increments=tuple(Increment(**i) for i in increments),
         row_shape=tuple(row_shape),
         **rest,
     )
+
+
+def _of_format_2(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return what is said of an object as format 2 says it: in format 1 its checksum was called after SHA-256."""
+    if "sha256" not in stored:
+        return stored
+    return {
+        **{name: value for name, value in stored.items() if name != "sha256"},
+        "checksum": f"sha256:{stored['sha256']}",
+    }
 
 
 def read_manifest(store: Store, id: ManifestId) -> Manifest:

@@ -21,10 +21,13 @@ _READY_S = 60.0
 
 
 class Seaweed:
-    """A server that keeps its objects below a folder; it can be killed and started again."""
+    """A server that keeps its objects below a folder; it can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    max_volumes: files of 256 MiB that it may make for them.
+    """
+
+    def __init__(self, folder: Path, max_volumes: int = 20) -> None:
+        self.folder, self.max_volumes = folder, max_volumes
         self.ports = free_ports(5)
         self.process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +62,12 @@ class Seaweed:
                     *(weed_binary(), "-logtostderr", "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
                     *("-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}", "-filer"),
                     *(f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json"),
-                    *("-volume.max=20", "-master.volumeSizeLimitMB=256", "-master.electionTimeout=1s", *grpc),
+                    *(
+                        f"-volume.max={self.max_volumes}",
+                        "-master.volumeSizeLimitMB=256",
+                        "-master.electionTimeout=1s",
+                        *grpc,
+                    ),
                     *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
                 ],
                 stdout=log,

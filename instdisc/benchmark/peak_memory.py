@@ -20,18 +20,18 @@ def peak_bytes(set_up: Callable[[], Callable[[], None]], device: torch.device) -
 
     The work runs twice: what the first run leaves behind (allocator pools, compiled code) counts, its peak does not.
     """
-    before = _resident_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     work = set_up()
     work()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _reset_peak()
+        reset_peak()
     work()
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM") - before
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM") - before
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     """Let VmHWM start anew; where the kernel forbids it, the peak is that of the whole process, set-up included."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -39,7 +39,7 @@ def _reset_peak() -> None:
         return
 
 
-def _resident_bytes(field: str) -> int:
+def resident_bytes(field: str) -> int:
     """Return a field of /proc/self/status; some kernels leave VmHWM out, and getrusage has the same figure."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):

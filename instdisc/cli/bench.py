@@ -10,6 +10,8 @@ from typing import Any
 from instdisc.cli.overrides import parse_overrides
 from instdisc.config_sections import BANK_DTYPES, OBJECTIVES, ObjectiveConfig
 
+CHECKPOINT_PARTS = ("throughput", "steps", "memory")
+
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Add the command to the parser of all commands."""
@@ -18,6 +20,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     _add_step(benchmarks)
     _add_loader(benchmarks)
     _add_bank(benchmarks)
+    _add_checkpoint(benchmarks)
     parser.set_defaults(run=run, takes_overrides=True)
     return parser
 
@@ -166,3 +169,52 @@ def _measure_bank(options: argparse.Namespace) -> dict[str, Any]:
         threads=options.threads,
     )
     return bench_bank(benchmark, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _add_checkpoint(benchmarks: Any) -> None:
+    parser = benchmarks.add_parser(
+        "checkpoint",
+        help="saves and restores against plain writes and reads, and training beside saves",
+        description="Saves and restores against plain writes and reads of the same objects in the same store; what a "
+        "save makes training wait; training steps beside saves; bytes of increments; peak memory. In worker processes "
+        "of this machine. Takes minutes. --SECTION.FIELD VALUE changes the recipe.",
+    )
+    parser.add_argument("--recipe", default="cifar10-nce", help="batch and objective (default: cifar10-nce)")
+    parser.add_argument("--rows", type=int, default=1_281_167, metavar="N", help="rows (default: 1,281,167)")
+    parser.add_argument("--dim", type=int, default=128, metavar="D", help="numbers of a row (default: 128)")
+    parser.add_argument("--dtype", choices=BANK_DTYPES, default="float16", help="storage of rows (default: float16)")
+    parser.add_argument("--workers", type=int, default=1, metavar="W", help="worker processes (default: 1)")
+    parser.add_argument("--store", metavar="URI", help="folder or URI to write below (default: temporary files)")
+    parser.add_argument("--upload-threads", type=int, default=4, help="threads of both sides per worker (default: 4)")
+    parser.add_argument("--interval", type=float, default=60.0, metavar="S", help="from save to save (default: 60 s)")
+    parser.add_argument("--trials", type=int, default=5, help="timed trials of each side (default: 5)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a worker (default: its part of the usable cores)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=CHECKPOINT_PARTS, default=CHECKPOINT_PARTS, help="what to measure (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(measure=_measure_checkpoint)
+
+
+def _measure_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
+    from instdisc.benchmark.checkpoint import CheckpointBenchmark, bench_checkpoint
+    from instdisc.recipes import recipe
+
+    overrides: dict[str, Any] = {
+        "model.architecture": "resnet-small",
+        "model.feature_dim": options.dim,
+        "bank.dtype": options.dtype,
+        **parse_overrides(options.overrides),
+    }
+    benchmark = CheckpointBenchmark(
+        config=recipe(options.recipe, **overrides),
+        num_rows=options.rows,
+        workers=options.workers,
+        uri=options.store,
+        num_threads=options.upload_threads,
+        interval_s=options.interval,
+        trials=options.trials,
+        threads=options.threads,
+        parts=tuple(options.parts),
+    )
+    return bench_checkpoint(benchmark, lambda line: print(line, file=sys.stderr, flush=True))

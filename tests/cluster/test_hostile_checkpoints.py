@@ -68,7 +68,7 @@ def test_a_pickle_in_place_of_tensors_is_not_executed(tmp_path, load):
     stored = write_object(
         store, read_latest(store).manifest.tensors.key, [pickle.dumps({"w": Payload(tmp_path / "executed")})]
     )
-    rewrite(store, lambda document: document["tensors"].update(num_bytes=stored.num_bytes, sha256=stored.sha256))
+    rewrite(store, lambda document: document["tensors"].update(num_bytes=stored.num_bytes, checksum=stored.checksum))
     with pytest.raises(
         DamagedObjectError, match=r"tensors.safetensors in .* is not in the safetensors format: .*header"
     ):
@@ -101,7 +101,7 @@ HOSTILE = {
     "a key with a hidden part": lambda d: put_first(d, key="objects/./../../../x"),
     "a key that is a number": lambda d: put_first(d, key=17),
     "a key that is empty": lambda d: put_first(d, key=""),
-    "a checksum that is a list": lambda d: put_first(d, sha256=[1]),
+    "a checksum that is a list": lambda d: put_first(d, checksum=[1]),
     "negative bytes": lambda d: d["tensors"].update(num_bytes=-5),
     "bytes that no memory holds": lambda d: d["tensors"].update(num_bytes=2**70),
     "bytes that are a fraction": lambda d: d["tensors"].update(num_bytes=1.5),
@@ -135,7 +135,7 @@ HOSTILE = {
 
 def add_increment(document: dict[str, Any], **changes: Any) -> None:
     table = document["tables"]["bank"]
-    about = {"key": "objects/000001/x", "num_bytes": 32, "sha256": "ab", "start": 3, "stop": 6, "num_rows": 2}
+    about = {"key": "objects/000001/x", "num_bytes": 32, "checksum": "xxh3:ab", "start": 3, "stop": 6, "num_rows": 2}
     table["increments"] = [{**about, "index_dtype": "int32", **changes}]
 
 
@@ -246,7 +246,7 @@ def test_an_increment_whose_numbers_of_rows_are_wrong_is_damage_where_it_is_read
     data = bytearray(store.get(table.increments[0].key))
     data[-8:] = b"".join(int(number).to_bytes(4, "little", signed=True) for number in numbers)
     stored = write_object(store, table.increments[0].key, [data])
-    rewrite(store, lambda d: d["tables"]["t"]["increments"][0].update(sha256=stored.sha256))
+    rewrite(store, lambda d: d["tables"]["t"]["increments"][0].update(checksum=stored.checksum))
 
     with pytest.raises(CheckpointError, match="holds other rows than"):
         read_latest(store).rows("t")

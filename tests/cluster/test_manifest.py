@@ -37,13 +37,19 @@ json_values = st.recursive(
 
 def segment(start: int, stop: int, row_bytes: int = 8) -> Segment:
     return Segment(
-        start=start, stop=stop, key=f"objects/000001/{start}", num_bytes=(stop - start) * row_bytes, sha256="ab"
+        start=start, stop=stop, key=f"objects/000001/{start}", num_bytes=(stop - start) * row_bytes, checksum="xxh3:ab"
     )
 
 
 def manifest(state=None) -> Manifest:
     increment = Increment(
-        start=1, stop=4, num_rows=2, index_dtype="int32", key="objects/000002/1", num_bytes=2 * (8 + 4), sha256="ef"
+        start=1,
+        stop=4,
+        num_rows=2,
+        index_dtype="int32",
+        key="objects/000002/1",
+        num_bytes=2 * (8 + 4),
+        checksum="xxh3:ef",
     )
     table = StoredTable(
         num_rows=5,
@@ -62,7 +68,7 @@ def manifest(state=None) -> Manifest:
         created="2025-01-01T00:00:00+00:00",
         versions={"torch": "2.11"},
         tables={"bank": table},
-        tensors=StoredObject(key="objects/000002/t", num_bytes=8, sha256="cd"),
+        tensors=StoredObject(key="objects/000002/t", num_bytes=8, checksum="xxh3:cd"),
         state=state or {},
     )
 

@@ -38,12 +38,12 @@ from cluster.checkpoint_reader import verify_share
 from cluster.phase import VARIABLE, Phase, read_phase
 from cluster.store import Store, StoreError
 
-NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 300, 15
+NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 400, 20
 START_TIMEOUT_S, END_TIMEOUT_S = 240.0, 120.0
 AIMED_SHARE = 0.4
 FAULTS, STALL_S = ("503", "429", "stall", "reset", "truncate", "lost", "slow"), 1.0
 RARE = (Phase.SNAPSHOT, Phase.SNAPSHOT, Phase.MANIFEST, Phase.RESTORE, Phase.UPLOAD)
-LONGEST_WAIT_S = 8.0
+LONGEST_WAIT_S = 10.0
 _POLL_S = 0.0005
 
 
@@ -144,7 +144,7 @@ class Campaign:
         return [
             *(sys.executable, "-m", "instdisc.cli.main", "train", "cifar10-cpu", "--run", uri),
             *("--launcher", launcher, "--workers", "3", "--data.root", str(self.folder / "data")),
-            *("--data.max_rows", "none", "--model.architecture", "resnet-small", "--model.width", "32"),
+            *("--data.max_rows", "none", "--model.architecture", "resnet-small", "--model.width", "16"),
             *("--model.head", "linear", "--model.feature_dim", "64", "--eval.k", "5", "--eval.every_epochs", "0"),
             *("--optim.global_batch", str(GLOBAL_BATCH), "--optim.norm_group", "4", "--eval.baselines", "no"),
             *("--optim.epochs", str(STEPS * GLOBAL_BATCH / NUM_ROWS), "--checkpoint.every_steps", str(EVERY)),
