@@ -149,6 +149,7 @@ class LocalCoordinator:
                 f"{self._process.exitcode}; its messages stand above"
             )
         self._process.close()
+        self._process = None
         self.start()
 
     def end(self) -> None:

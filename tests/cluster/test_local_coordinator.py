@@ -369,3 +369,29 @@ def test_a_coordinator_that_cannot_be_started_is_no_reason_to_fail_at_the_end(tm
     with pytest.raises(BlockingIOError):
         coordinator.start()
     coordinator.end()
+
+
+def test_a_coordinator_that_cannot_be_started_again_is_no_reason_to_fail_at_the_end_either(tmp_path):
+    class OneProcess:
+        exitcode, num_starts, is_closed = 1, 0, False
+
+        def Process(self, **arguments):
+            return self
+
+        def start(self) -> None:
+            self.num_starts += 1
+            if self.num_starts == 2:
+                raise BlockingIOError("no more processes")
+
+        def join(self, timeout_s: float | None = None) -> None:
+            if self.is_closed:
+                raise ValueError("process object is closed")
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    coordinator = LocalCoordinator(CoordinatorSpec(uri=str(tmp_path)), str(tmp_path), OneProcess())  # pyright: ignore
+    coordinator.start()
+    with pytest.raises(BlockingIOError):
+        coordinator.start_again()
+    coordinator.end()
