@@ -43,6 +43,7 @@ START_TIMEOUT_S, END_TIMEOUT_S = 240.0, 120.0
 AIMED_SHARE = 0.4
 FAULTS, STALL_S = ("503", "429", "stall", "reset", "truncate", "lost", "slow"), 1.0
 RARE = (Phase.SNAPSHOT, Phase.SNAPSHOT, Phase.MANIFEST, Phase.RESTORE, Phase.UPLOAD)
+RAY_AGENTS = ("ray::RuntimeEnv", "ray::Dashboard")
 LONGEST_WAIT_S = 10.0
 _POLL_S = 0.0005
 
@@ -225,6 +226,8 @@ class Campaign:
         if who != "coordinator":
             driver.wait(END_TIMEOUT_S)
             _, alive = psutil.wait_procs(family, timeout=30)
+            # Ray's own agents take longer to see that their node is gone; they hold nothing of the run.
+            alive = [process for process in alive if not process.name().startswith(RAY_AGENTS)]
             assert not alive, f"left behind: {alive}"
         return before_s, who, aimed, str(phase), step
 
