@@ -18,7 +18,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
-from cluster.agreement import WorkerLike
+from cluster.agreement import WorkerLike, gather
 from cluster.coordination import (
     CLOSE_TIMEOUT_S,
     CoordinatorGoneError,
@@ -212,17 +212,22 @@ class HostedCoordination:
     """A coordinator in the process of rank 0, for the workers of one machine. Making one is collective; close it."""
 
     def __init__(self, spec: CoordinatorSpec, worker: WorkerLike) -> None:
-        self._service = spec.start() if worker.rank == 0 else None
+        self._service: CoordinatorService | None = None
         self._folder: str | None = None
         self._listener: Listener | None = None
         self._coordination: LocalCoordination | None = None
         if worker.world_size == 1:
+            self._service = spec.start()
             return
-        if self._service is not None:
-            self._folder = make_socket_folder()
-            self._listener = listen(self._service, self._folder, threading.Event())
-        folder = worker.all_gather_object(self._folder)[0]
+        folder = gather(worker, "start the coordinator", lambda: None if worker.rank else self._host(spec))[0]
         self._coordination = LocalCoordination(folder) if worker.rank else None
+
+    def _host(self, spec: CoordinatorSpec) -> str:
+        """Start the coordinator and listen; return the folder of its socket."""
+        self._folder = make_socket_folder()
+        self._service = spec.start()
+        self._listener = listen(self._service, self._folder, threading.Event())
+        return self._folder
 
     def call(self, method: str, **arguments: Any) -> Any:
         """See `coordination.Coordination.call`."""

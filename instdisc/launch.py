@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,12 @@ def fit(
     """
     if launcher not in LAUNCHERS:
         raise ConfigError(f"launcher: found {launcher!r}, expected one of {', '.join(LAUNCHERS)}")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A worker process imports the script that it belongs to; without a guard it would train there again.
+        raise ConfigError(
+            "fit was called while a worker process imports this script: put the script's own calls below "
+            "`if __name__ == '__main__':`"
+        )
     if workers < 0:
         raise ConfigError(f"workers: found {workers}, expected 0 (this process) or more")
     if run.startswith("memory://") and workers > 0:
