@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from cluster.worker import Worker, run_local
 from instdisc.bank_storage import START_BLOCK_ROWS, allocate, fill_with_start_rows, start_rows
-from instdisc.benchmark.peak_memory import _reset_peak, _resident_bytes
+from instdisc.benchmark.peak_memory import reset_peak, resident_bytes
 from instdisc.memory_bank import DTYPES, NEVER, ShardedMemoryBank
 
 CPU = torch.device("cpu")
@@ -152,10 +152,10 @@ def measured_construction(worker: Worker, folder: str | None) -> tuple[int, int]
     """The shard's bytes, and the greatest growth of this process while a bank is made."""
     ShardedMemoryBank(START_BLOCK_ROWS, 128, dtype=torch.float16)  # imports, pools
     gc.collect()
-    before = _resident_bytes("VmRSS")
-    _reset_peak()
+    before = resident_bytes("VmRSS")
+    reset_peak()
     bank = ShardedMemoryBank(800_000, 128, dtype=torch.float16, mapped_dir=folder)
-    return bank.rows.numel() * bank.rows.element_size(), _resident_bytes("VmHWM") - before
+    return bank.rows.numel() * bank.rows.element_size(), resident_bytes("VmHWM") - before
 
 
 @pytest.mark.parametrize("mapped", [False, True])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from cluster.worker import Worker, run_local
 from instdisc.bank_storage import start_rows
-from instdisc.benchmark.peak_memory import _reset_peak, _resident_bytes
+from instdisc.benchmark.peak_memory import reset_peak, resident_bytes
 from instdisc.memory_bank import DTYPES, ShardedMemoryBank
 from instdisc.objectives import softmax, softmax_loss
 
@@ -87,13 +87,13 @@ def measured(worker: Worker, dtype: str, num_rows: int, dim: int, batch: int, sc
     features_BD, indices_B = start_rows(batch, dim, 9, 0, batch), torch.arange(batch)
     softmax_loss(features_BD, indices_B, bank, temperature=TEMPERATURE, score_bytes=MIB)  # loads what it needs
     gc.collect()
-    before = _resident_bytes("VmRSS")
-    _reset_peak()
+    before = resident_bytes("VmRSS")
+    reset_peak()
     loss = softmax_loss(
         features_BD.requires_grad_(), indices_B, bank, temperature=TEMPERATURE, score_bytes=int(score_mib * MIB)
     )
     loss.backward()
-    return _resident_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before
 
 
 @pytest.mark.parametrize(
