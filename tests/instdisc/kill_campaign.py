@@ -41,7 +41,8 @@ from cluster.store import Store, StoreError
 NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 400, 20
 START_TIMEOUT_S, END_TIMEOUT_S = 240.0, 120.0
 AIMED_SHARE = 0.4
-FAULTS, STALL_S = ("503", "429", "stall", "reset", "truncate", "lost", "slow"), 1.0
+FAULTS = ("503", "429", "stall", "reset", "truncate", "lost", "slow")
+STALL_S, BYTES_PER_S = 2.0, 500_000.0
 RARE = (Phase.SNAPSHOT, Phase.SNAPSHOT, Phase.MANIFEST, Phase.RESTORE, Phase.UPLOAD)
 RAY_AGENTS = ("ray::RuntimeEnv", "ray::Dashboard")
 LONGEST_WAIT_S = 10.0
@@ -116,8 +117,10 @@ class Campaign:
         self.endpoint = self.server.endpoint
         proxy = None
         if self.faults:
-            shares = dict.fromkeys(FAULTS, self.faults)
-            proxy = FaultProxy(self.server.endpoint, self.chance.randrange(10**6), shares, stall_s=STALL_S)
+            shares = dict.fromkeys(FAULTS, self.faults / len(FAULTS))
+            proxy = FaultProxy(
+                self.server.endpoint, self.chance.randrange(10**6), shares, stall_s=STALL_S, bytes_per_s=BYTES_PER_S
+            )
             proxy.start()
             self.endpoint = proxy.endpoint
         try:
@@ -336,7 +339,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--launcher", choices=("local", "ray"), default="local")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--faults", type=float, default=0.0, help="share of requests that each kind of fault hits")
+    parser.add_argument(
+        "--faults", type=float, default=0.0, help="share of requests that a fault hits, each kind alike"
+    )
     parser.add_argument("--server-kills", action="store_true", help="kill the S3 server during saves")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
