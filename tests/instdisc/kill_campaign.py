@@ -273,17 +273,19 @@ class Campaign:
     def _kill_servers(self, ending: threading.Event) -> None:
         """Take the S3 server away while something is being saved, again and again."""
         while not ending.wait(self.chance.uniform(1, 6)):
-            folder = max((self.folder / "phases").iterdir(), default=None)
-            deadline = time.monotonic() + 10
-            while folder is not None and time.monotonic() < deadline and not ending.is_set():
-                seen = [read_phase(folder, pid) for pid in _ranks(folder)]
-                if any(found and found[0] in (Phase.UPLOAD, Phase.MANIFEST) for found in seen):
-                    break
-                time.sleep(_POLL_S)
+            while not self._is_saving() and not ending.wait(_POLL_S):
+                pass
+            if ending.is_set():
+                return
             self.server.kill()
             self.num_server_kills += 1
             time.sleep(self.chance.uniform(0.2, 2))
             self.server.start()
+
+    def _is_saving(self) -> bool:
+        folder = max((self.folder / "phases").iterdir(), default=None)
+        seen = [read_phase(folder, pid) for pid in _ranks(folder)] if folder else []
+        return any(found and found[0] in (Phase.UPLOAD, Phase.MANIFEST) for found in seen)
 
 
 def report(folder: Path) -> dict[str, Any]:
