@@ -67,13 +67,13 @@ def command(root: str, kind: str, run: Path, cache: Path) -> list[str]:
 def test_a_run_from_s3_ends_bit_for_bit_like_one_from_a_folder_whatever_is_killed(server, folder, tmp_path):
     for split in ("train", "test"):
         pack(
-            list_images("auto", str(folder), split), Store("s3://killed/packed"), split, parallel=ProcessMap(0),
+            list_images("auto", str(folder), split), Store("s3://images/killed/packed"), split, parallel=ProcessMap(0),
             shard_mb=0.05,
         )  # fmt: skip
     expected, run, cache = tmp_path / "expected", tmp_path / "run", tmp_path / "cache"
     finish(command(str(folder), "folder", expected, cache))
     # The cache holds a part of the shards, so that images are on their way at every moment.
-    from_s3, chance = command("s3://killed/packed", "packed", run, cache), random.Random()
+    from_s3, chance = command("s3://images/killed/packed", "packed", run, cache), random.Random()
     for whom in ("a worker", "driver"):
         kill_at_a_random_moment(from_s3, run, whom, chance)
     last = subprocess.Popen(from_s3, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
