@@ -22,7 +22,8 @@ Result = TypeVar("Result")
 
 PATIENCE_S = 300.0
 FIRST_PATIENCE_S = 10.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 3.0
+_TELL_S = 10.0
 _TRANSIENT_NUMBERS = frozenset(
     {
         *(errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH),
@@ -80,7 +81,7 @@ class Patience:
 
     def _tell(self, error: Exception, left_s: float) -> None:
         with self._lock:
-            if time.monotonic() - self._told_s < _LONGEST_PAUSE_S:
+            if time.monotonic() - self._told_s < _TELL_S:
                 return
             self._told_s = time.monotonic()
         _LOG.warning(
