@@ -49,7 +49,11 @@ def write_part(
     with Uploads(store, num_threads=num_threads, pace=pace, memory_bytes=memory_bytes) as uploads:
         tensors = _submit_tensors(uploads, prefix, snapshot)
         for name, table in snapshot.tables.items():
-            kind = "segments" if since is None or table.last_step is None else "increments"
+            frozen = snapshot.frozen[name]
+            if since is None or table.last_step is None:
+                kind, written = "segments", _write_segments(uploads, f"{prefix}/{name}", table, frozen, block_rows)
+            else:
+                kind, written = "increments", _write_increments(uploads, f"{prefix}/{name}", table, frozen, since.step)
             objects: list[dict[str, Any]] = []
             tables[name] = {
                 "num_rows": table.num_rows,
@@ -57,25 +61,16 @@ def write_part(
                 "dtype": table.dtype,
                 kind: objects,
             }
-            frozen = snapshot.frozen[name]
-            if since is None or table.last_step is None:
-                written = _write_segments(uploads, f"{prefix}/{name}", table, frozen, block_rows)
-            else:
-                written = _write_increments(uploads, f"{prefix}/{name}", table, frozen, since.step)
             pending += [(objects, about, future) for about, future in written]
         for objects, about, future in pending:
             objects.append({**about, **asdict(future.result())})
         stored_tensors = None if tensors is None else asdict(tensors.result())
-    written_objects = [stored for table in tables.values() for kind in table.values() if isinstance(kind, list)
-                       for stored in kind if isinstance(stored, dict)]  # fmt: skip
     return {
         "tables": tables,
         "tensors": stored_tensors,
         "state": snapshot.state if stored_tensors else None,
         "metrics": dict(snapshot.metrics),
         "since": since,
-        "table_bytes": sum(stored["num_bytes"] for stored in written_objects),
-        "num_bytes": sum(s["num_bytes"] for s in [*written_objects, *([stored_tensors] if stored_tensors else [])]),
         "snapshot_s": snapshot.seconds,
         "write_s": time.perf_counter() - started_s,
     }

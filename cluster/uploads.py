@@ -11,7 +11,6 @@ from cluster.store import Buffer, Store
 from cluster.stored_object import CheckpointError, StoredObject, write_object
 
 MEMORY_BYTES = 128 * 2**20
-HURRY_CHECK_S = 0.1
 
 
 class Pace:
