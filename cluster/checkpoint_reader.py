@@ -32,11 +32,11 @@ from cluster.stored_object import (
     CheckpointError,
     DamagedObjectError,
     StoredObject,
-    in_threads,
     read_into,
     read_object,
 )
 from cluster.tensor_file import deserialize
+from cluster.threads import in_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -15,7 +15,8 @@ from cluster.lease import KEY as HEARTBEAT
 from cluster.lease import Holder, read_heartbeat
 from cluster.manifest import Manifest, ManifestError, ManifestId, NewerFormatError, read_manifest
 from cluster.store import ObjectMissingError, Store
-from cluster.stored_object import CheckpointError, StoredObject, in_threads
+from cluster.stored_object import CheckpointError, StoredObject
+from cluster.threads import in_threads
 
 _NUM_THREADS = 8
 _OBJECT = re.compile(r"objects/(\d{6,})/(\d{12,})-(\d{4,})/.*")

@@ -15,7 +15,6 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -30,6 +29,7 @@ from fsspec.asyn import sync
 from cluster.joined_views import JoinedViews
 from cluster.patience import Patience
 from cluster.s3_errors import code_of
+from cluster.threads import in_threads
 
 _LOG = logging.getLogger("instdisc.storage")
 Result = TypeVar("Result")
@@ -120,7 +120,7 @@ class S3Objects:
             part = {"Range": f"bytes={span[0]}-{span[1] - 1}", "IfMatch": tag}
             return self._patience.call(lambda: self._read(path, **part))
 
-        return b"".join(part for part in _in_threads(read, spans) if isinstance(part, bytes))
+        return b"".join(part for part in in_threads(read, spans, _PARTS_AT_ONCE) if isinstance(part, bytes))
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder."""
@@ -189,7 +189,7 @@ class S3Objects:
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         try:
-            parts = _in_threads(write, range(1, len(starts) + 1))
+            parts = in_threads(write, range(1, len(starts) + 1), _PARTS_AT_ONCE)
             try:
                 self._call("complete_multipart_upload", **where, MultipartUpload={"Parts": parts})
             except OSError as error:
@@ -267,16 +267,6 @@ async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s
                 raise ConnectionAbortedError(errno.ECONNABORTED, f"the server took nothing for {timeout_s:g} s")
     finally:
         task.cancel()
-
-
-def _in_threads(function: Callable[[Any], Result], items: Sequence[Any]) -> list[Result]:
-    with ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="parts") as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _split(path: str) -> tuple[str, str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import xxhash
 
@@ -14,8 +13,6 @@ from cluster.store import Buffer, ObjectMissingError, Store
 
 ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3": xxhash.xxh3_128, "sha256": hashlib.sha256}
 RANGE_BYTES = 16 * 2**20
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class CheckpointError(OSError):
@@ -97,14 +94,3 @@ def read_into(store: Store, expected: StoredObject, target: memoryview | None, s
             break
     if digest.hexdigest() != expected_digest:
         raise DamagedObjectError(f"object {expected.key} in {store.uri} differs from its checksum")
-
-
-def in_threads(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> list[Result]:
-    """Return [function(item), ...] computed in threads; the first error is raised when no thread runs any more."""
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="checkpoint") as pool:
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from cluster.attempts import History
 from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
 from cluster.store import ObjectMissingError, Store, StoreError
-from cluster.stored_object import CheckpointError, DamagedObjectError, StoredObject, in_threads, read_into
+from cluster.stored_object import CheckpointError, DamagedObjectError, StoredObject, read_into
+from cluster.threads import in_threads
 
 
 @dataclass(frozen=True, kw_only=True)

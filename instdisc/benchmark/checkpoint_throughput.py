@@ -18,8 +18,9 @@ from cluster.checkpoint import Checkpoint, read_latest
 from cluster.manifest import ManifestId
 from cluster.row_table import RowTable, tensor_bytes
 from cluster.store import Buffer, Store
-from cluster.stored_object import RANGE_BYTES, in_threads
+from cluster.stored_object import RANGE_BYTES
 from cluster.tensor_file import serialize
+from cluster.threads import in_threads
 from cluster.worker import Worker
 from instdisc.benchmark.checkpoint_state import CheckpointTask, Together, checkpointer_of, start_save, state_of, tell
 from instdisc.benchmark.pairing import PairedSeconds, alternate, sweep
