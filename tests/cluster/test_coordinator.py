@@ -108,7 +108,7 @@ def test_the_rank_that_missed_the_answer_gets_it_from_a_coordinator_that_was_sta
     assert answer["state"] == COMMITTED
     figures = ("num_bytes", "table_bytes", "is_base", "growth")
     assert {name: answer[name] for name in figures} == {name: told[name] for name in figures}
-    assert told["num_bytes"] == sum(message["part"]["num_bytes"] for message in messages)
+    assert told["num_bytes"] == sum(size for _, size in store.list_sizes(id.prefix))
 
 
 def test_a_save_of_which_a_part_is_missing_is_not_committed_by_a_restart(uri):
