@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
 TEMPORARY = ".tmp-"
+_PIECE_BYTES = 2**18
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -51,6 +52,24 @@ class LocalFiles:
         with open(path, "rb") as file:
             file.seek(start or 0)
             return file.read() if stop is None else file.read(max(stop - (start or 0), 0))
+
+    def read_into(
+        self, path: str, target: memoryview, start: int, seen: Callable[[memoryview], None]
+    ) -> tuple[int, bool]:
+        """Fill `target` from byte `start` of a file on; see `Store.read_into`."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(target):
+                piece = target[done : done + _PIECE_BYTES]
+                size = os.preadv(descriptor, [piece], start + done)
+                if size == 0:
+                    break
+                seen(piece[:size])
+                done += size
+            return done, os.fstat(descriptor).st_size > start + done
+        finally:
+            os.close(descriptor)
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all files below a folder, temporary ones excepted; [] where there is no folder."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -41,6 +41,16 @@ class RemoteObjects:
     def get(self, path: str, start: int | None, stop: int | None) -> bytes:
         """Return bytes [start, stop) of an object, fewer where it ends before."""
         return self._call(lambda: self._files.cat_file(path, start=start, end=stop))
+
+    def read_into(
+        self, path: str, target: memoryview, start: int, seen: Callable[[memoryview], None]
+    ) -> tuple[int, bool]:
+        """Fill `target` from byte `start` of an object on; see `Store.read_into`."""
+        data = self.get(path, start, start + len(target) + 1)
+        size = min(len(data), len(target))
+        target[:size] = memoryview(data)[:size]
+        seen(target[:size])
+        return size, len(data) > size
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder; [] where there is none."""

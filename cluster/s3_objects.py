@@ -40,6 +40,7 @@ TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
 PART_BYTES = 64 * 2**20
 """Objects above this size are written and read in parts: what fails and is repeated is one part."""
 _MOST_PARTS, _PARTS_AT_ONCE = 10_000, 4
+_PIECE_BYTES = 2**20
 
 
 class S3Objects:
@@ -121,6 +122,21 @@ class S3Objects:
             return self._patience.call(lambda: self._read(path, **part))
 
         return b"".join(part for part in in_threads(read, spans, _PARTS_AT_ONCE) if isinstance(part, bytes))
+
+    def read_into(
+        self, path: str, target: memoryview, start: int, seen: Callable[[memoryview], None]
+    ) -> tuple[int, bool]:
+        """Fill `target` from byte `start` of an object on; see `Store.read_into`."""
+        if not target:
+            return 0, self.size(path) > start
+        try:
+            size, num_bytes = self._patience.call(lambda: self._fill(path, target, start))
+        except OSError as error:
+            if code_of(error) in ("InvalidRange", "416"):
+                return 0, False
+            raise
+        seen(target[:size])
+        return size, num_bytes > start + size
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder."""
@@ -247,6 +263,28 @@ class S3Objects:
                 return await answer["Body"].read()
             finally:
                 answer["Body"].close()
+
+        return self._run(read)
+
+    def _fill(self, path: str, target: memoryview, start: int) -> tuple[int, int]:
+        """Fill `target` from byte `start` on; return how many bytes there were, and how many the object has."""
+        bucket, key = _split(path)
+        span = f"bytes={start}-{start + len(target) - 1}"
+
+        async def read() -> tuple[int, int]:
+            answer = await self._files._call_s3("get_object", Bucket=bucket, Key=key, Range=span)
+            body, done = answer["Body"], 0
+            try:
+                while piece := await body.read(_PIECE_BYTES):
+                    if done + len(piece) > len(target):
+                        raise OSError(errno.EIO, f"the server sent more than {span}", path)
+                    target[done : done + len(piece)] = piece
+                    done += len(piece)
+            finally:
+                body.close()
+            # "bytes 0-99/1234"; without it the answer is the whole object.
+            total = answer.get("ContentRange", "").rpartition("/")[2]
+            return done, int(total) if total.isdigit() else start + done
 
         return self._run(read)
 

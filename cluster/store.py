@@ -8,7 +8,7 @@ rests on these two promises and on nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol, TypeAlias
 from uuid import uuid4
@@ -24,6 +24,7 @@ from cluster.store_errors import ObjectMissingError, StoreError, explain, withou
 __all__ = ["Buffer", "ObjectMissingError", "Store", "StoreError", "check_key"]
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+Seen: TypeAlias = Callable[[memoryview], None]
 
 _CREATING = ("file", "memory", "s3")
 """Protocols on which `create` lets exactly one writer win; from others of fsspec's images are read."""
@@ -39,6 +40,7 @@ class _Backend(Protocol):
     def put(self, path: str, parts: Sequence[memoryview]) -> None: ...
     def create(self, path: str, data: memoryview) -> None: ...
     def get(self, path: str, start: int | None, stop: int | None) -> bytes: ...
+    def read_into(self, path: str, target: memoryview, start: int, seen: Seen) -> tuple[int, bool]: ...
     def list(self, folder: str) -> list[tuple[str, int]]: ...
     def delete(self, path: str) -> None: ...
     def size(self, path: str) -> int: ...
@@ -106,6 +108,16 @@ class Store:
         with self._explained("read", key):
             path = self._path_to_read(key)
             return self._backend().get(path, start, stop)
+
+    def read_into(self, key: str, target: memoryview, start: int, seen: Seen) -> tuple[int, bool]:
+        """Fill `target` with an object's bytes from `start` on; return how many there were, and whether more follow.
+
+        seen: gets the filled parts of `target` in order, while the processor's caches still hold them. Raises
+        ObjectMissingError as `get`; what is in `target` after an error is undefined.
+        """
+        with self._explained("read", key):
+            path = self._path_to_read(key)
+            return self._backend().read_into(path, target, start, seen)
 
     def list(self, prefix: str = "") -> list[str]:
         """Return the keys that begin with `prefix`, sorted. What interrupted writers left never appears."""

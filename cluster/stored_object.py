@@ -69,28 +69,29 @@ def read_into(store: Store, expected: StoredObject, target: memoryview | None, s
     """
     algorithm, _, expected_digest = expected.checksum.partition(":")
     digest = ALGORITHMS[algorithm]()
-    done = 0
-    while True:
-        # One byte more than there should be tells that an object is longer.
-        stop = done + RANGE_BYTES if done + RANGE_BYTES < expected.num_bytes else expected.num_bytes + 1
+    target = memoryview(bytearray()) if target is None else target
+    beside = memoryview(bytearray())
+    done, has_more = 0, True
+    for at in range(0, max(expected.num_bytes, 1), RANGE_BYTES):
+        length = min(RANGE_BYTES, expected.num_bytes - at)
+        is_whole = start <= at and at + length <= start + len(target)
+        if not is_whole and not beside:
+            beside = memoryview(bytearray(length))
+        place = target[at - start :][:length] if is_whole else beside[:length]
         try:
-            # S3 refuses to give a range of an empty object.
-            data = store.get(expected.key, done, stop) if expected.num_bytes else store.get(expected.key)
+            size, has_more = store.read_into(expected.key, place, at, digest.update)
         except ObjectMissingError as error:
             raise DamagedObjectError(f"object {expected.key} in {store.uri} is missing") from error
-        if len(data) != min(stop, expected.num_bytes) - done:
-            found = f"more than {expected.num_bytes}" if done + len(data) > expected.num_bytes else done + len(data)
-            raise DamagedObjectError(
-                f"object {expected.key} in {store.uri} has {found} bytes, expected {expected.num_bytes}"
-            )
-        digest.update(data)
-        if target is not None:
-            low, high = max(done, start), min(done + len(data), start + len(target))
-            if low < high:
-                target[low - start : high - start] = memoryview(data)[low - done : high - done]
-        done += len(data)
-        del data  # before the next range takes its memory
-        if stop > expected.num_bytes:
+        done = at + size
+        if size < length:
             break
+        low, high = max(at, start), min(done, start + len(target))
+        if not is_whole and low < high:
+            target[low - start : high - start] = place[low - at : high - at]
+    if done < expected.num_bytes or has_more:
+        found = f"more than {expected.num_bytes}" if done == expected.num_bytes else done
+        raise DamagedObjectError(
+            f"object {expected.key} in {store.uri} has {found} bytes, expected {expected.num_bytes}"
+        )
     if digest.hexdigest() != expected_digest:
         raise DamagedObjectError(f"object {expected.key} in {store.uri} differs from its checksum")

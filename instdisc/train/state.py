@@ -72,7 +72,16 @@ class TrainState:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any number of workers: each rank reads the rows that it owns."""
-        tensors = checkpoint.tensors()
+        bank = self.bank
+        checkpoint.read_rows("bank", bank.start, bank.rows)
+        checkpoint.read_rows("bank_last_step", bank.start, bank.last_step)
+        bank.recount_written()
+        self._load_weights(checkpoint.tensors())
+        self.step = checkpoint.state["step"]
+        self.normalizer.load_state_dict(checkpoint.state["normalizer"])
+        self.curves = {name: [(s, v) for s, v in curve] for name, curve in checkpoint.state["curves"].items()}
+
+    def _load_weights(self, tensors: dict[str, Tensor]) -> None:
         self.encoder.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
@@ -84,13 +93,6 @@ class TrainState:
             if momentum is not None:
                 # In the parameter's own layout (channels last): fused SGD goes over both memories side by side.
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-        bank = self.bank
-        checkpoint.read_rows("bank", bank.start, bank.rows)
-        checkpoint.read_rows("bank_last_step", bank.start, bank.last_step)
-        bank.recount_written()
-        self.step = checkpoint.state["step"]
-        self.normalizer.load_state_dict(checkpoint.state["normalizer"])
-        self.curves = {name: [(s, v) for s, v in curve] for name, curve in checkpoint.state["curves"].items()}
 
 
 def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainState:

@@ -62,6 +62,9 @@ class GatedStore(Store):
     def get(self, key, start=None, stop=None):
         return self._do("get", key, start, stop)
 
+    def read_into(self, key, target, start, seen):
+        return self._do("read_into", key, target, start, seen)
+
     def list(self, prefix=""):
         return self._do("list", prefix)
 

@@ -305,7 +305,7 @@ def visible_steps(world: World, driver: Driver) -> Iterator[None]:
         call = driver.calls[0]
         assert call.next is not None
         # What is read has one content for ever: it does not matter when, only listings and changes do.
-        if call.next[0] != "get":
+        if call.next[0] not in ("get", "read_into"):
             yield
         driver.step(call)
         world.check()

@@ -232,7 +232,7 @@ def test_verifying_names_every_damaged_object_and_reads_what_is_shared_once(stor
     assert [len(verified.problems) for verified in found] == [2, 2, 3]
     for key, text in wrong.items():
         assert [p for p in found[2].problems if key in p and text in p], (key, found[2].problems)
-    read = [key for name, key in counting.log if name == "get" and key.startswith("objects/")]
+    read = [key for name, key in counting.log if name == "read_into" and key.startswith("objects/")]
     assert len(read) == len(set(read)) == len({s.key for v in found for s in read_manifest(store, v.id).objects()})
     assert told[0][0] == 0
     assert (

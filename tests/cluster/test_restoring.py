@@ -24,7 +24,7 @@ def test_rows_reads_only_the_segments_that_overlap(uri):
     store.log.clear()
     assert torch.equal(checkpoint.rows("bank", 16, 21), whole_tables(1)["bank"][16:21])
     assert sorted(key[-16:-4] for name, key in store.log) == ["000000000018", "000000000020", "000000000025"]
-    assert {name for name, _ in store.log} == {"get"}
+    assert {name for name, _ in store.log} == {"read_into"}
 
     store.log.clear()
     assert checkpoint.rows("bank", 7, 7).shape == (0, 6)

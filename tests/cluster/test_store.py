@@ -10,6 +10,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
+import numpy as np
 import pytest
 
 from cluster.store import ObjectMissingError, Store, StoreError
@@ -45,6 +46,22 @@ def test_a_range_may_be_empty_or_begin_behind_the_end(store):
     )
     with pytest.raises(ObjectMissingError):
         store.get("missing", 2, 4)
+
+
+@pytest.mark.parametrize("size", [0, 10, 700_000])
+def test_an_object_is_read_into_memory_and_what_follows_is_told(store, size):
+    data = np.random.default_rng(size).bytes(size)
+    store.put("k", data)
+    edges = sorted({0, min(3, size), size // 2, size, size + 4})
+    for start, stop in [(start, stop) for start in edges for stop in edges if start <= stop]:
+        memory, seen = bytearray(b"?" * (stop - start + 2)), bytearray()
+        target = memoryview(memory)[1:-1]
+        expected = data[start:stop]
+        assert store.read_into("k", target, start, seen.extend) == (len(expected), size > start + len(expected))
+        assert seen == target[: len(expected)] == expected
+        assert memory[0] == memory[-1] == ord("?")
+    with pytest.raises(ObjectMissingError):
+        store.read_into("missing", memoryview(bytearray(3)), 2, seen.extend)
 
 
 def test_put_replaces_and_delete_may_be_repeated(store):

@@ -46,6 +46,13 @@ def in_threads(function, items, num_threads=8):
         return list(pool.map(function, items))
 
 
+def read_back(store, key, start, size):
+    target, seen = bytearray(size), bytearray()
+    filled, has_more = store.read_into(key, memoryview(target), start, seen.extend)
+    assert (bytes(seen), has_more) == (target[:filled], False)
+    return target[:filled]
+
+
 def test_a_tenth_of_every_fault_changes_nothing_but_the_time(s3_uri, proxy, monkeypatch):
     # Long enough for a part of 5 MiB on a busy machine.
     monkeypatch.setenv(s3_objects.TIMEOUT_VARIABLE, "1.5")
@@ -63,6 +70,7 @@ def test_a_tenth_of_every_fault_changes_nothing_but_the_time(s3_uri, proxy, monk
     same = in_threads(lambda item: store.get(item[0]) == item[1], data.items())
     assert all(same), same
     assert in_threads(lambda key: store.get(key, 5, 40), data) == [value[5:40] for value in data.values()]
+    assert in_threads(lambda key: read_back(store, key, 3, 11 * 2**20), data) == [value[3:] for value in data.values()]
     assert in_threads(store.size, data) == [len(value) for value in data.values()]
 
     assert all(in_threads(lambda number: store.claim(f"c/{number}", b"mine"), range(6)))
@@ -94,6 +102,7 @@ def test_each_fault_once_is_outlasted_by_each_operation(store, proxy, kind, monk
     proxy._seen.clear()
     store.put("k", b"0123")
     assert store.get("k") == b"0123"
+    assert read_back(store, "k", 0, 9) == b"0123"
     assert store.size("k") == 4
     assert store.list("k") == ["k"]
     store.delete("k")
