@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-__all__ = ["Worker", "WorkerDied", "WorkerError", "run_local", "threads_for"]
+__all__ = ["Cause", "Worker", "WorkerDied", "WorkerError", "run_local", "threads_for"]
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -28,6 +28,19 @@ def _ignore(event: str) -> None: ...
 
 def _never() -> bool:
     return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a group of workers was started."""
+
+    kind: str = "start"
+    """"start": by a command; "failure": workers or their machine died; "drain": a machine of theirs is about to be taken
+    away; "resize": there is room for more or fewer of them."""
+    text: str = "started"
+    """For a person: who or what, and how many workers there are now."""
+    since: float | None = None
+    """When the group before was seen to end, in seconds since 1970 by the driver's clock; None if there was none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +68,8 @@ class Worker:
     """A gloo group for `all_gather_object` alone; None if `world_size` is 1."""
     coordinator: Coordination | None = field(default=None, repr=False)
     """The way to the coordinator of the run's checkpoints, where the driver started one."""
+    cause: Cause = field(default_factory=Cause)
+    """Why the group that this worker belongs to was started."""
 
     def emit(self, event: dict[str, Any]) -> None:
         """Send a small JSON-able dict to the driver's `on_event` without waiting; ranks other than 0 send nothing.
