@@ -35,8 +35,8 @@ class Cause:
     """Why a group of workers was started."""
 
     kind: str = "start"
-    """"start": by a command; "failure": workers or their machine died; "drain": a machine of theirs is about to be taken
-    away; "resize": there is room for more or fewer of them."""
+    """"start": by a command; "failure": workers or their machine died; "drain": a machine of theirs is about to be
+    taken away; "resize": there is room for more or fewer of them."""
     text: str = "started"
     """For a person: who or what, and how many workers there are now."""
     since: float | None = None
