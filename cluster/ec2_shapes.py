@@ -48,7 +48,7 @@ def check_shape(value: Any, shape: Any, key: Key) -> Iterator[Problem]:
     types = _TYPES.get(shape.type_name)
     if types is None:  # a timestamp: EC2 takes several forms
         return
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+    if not _fits(value, types):
         hint = f"; put it in quotes: '{value}'" if types == (str,) and isinstance(value, (int, float)) else ""
         yield Problem(key, f"found {_told(value)}, expected {_article(shape.type_name)}{hint}")
     elif shape.type_name == "structure":
@@ -76,6 +76,12 @@ def _check_structure(value: dict[str, Any], shape: Any, key: Key) -> Iterator[Pr
     for name in shape.required_members:
         if name not in value:
             yield Problem((*key, name), "is missing, and required here")
+
+
+def _fits(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):  # to Python it is an int as well
+        return bool in types
+    return isinstance(value, types)
 
 
 def _told(value: Any) -> str:

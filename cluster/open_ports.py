@@ -18,7 +18,7 @@ _OURS = re.compile(r"^(instdisc|rank-\d+)$")  # as they call themselves: see pro
 
 @dataclass(frozen=True)
 class OpenPort:
-    """A TCP port on which a process listens. role: what the process is for."""
+    """A TCP port on which a process listens. role: what the process is for; host: an address, IPv4 where it is one."""
 
     pid: int
     role: str
@@ -27,9 +27,7 @@ class OpenPort:
 
     def is_loopback(self) -> bool:
         """Whether only processes of this machine reach it."""
-        address = ipaddress.ip_address(self.host)
-        mapped = getattr(address, "ipv4_mapped", None)
-        return (mapped or address).is_loopback
+        return ipaddress.ip_address(self.host).is_loopback
 
 
 def ray_processes() -> dict[int, str]:
@@ -93,8 +91,8 @@ def _listening(pid: int) -> Iterator[tuple[str, tuple[str, int]]]:
 
 def _host(digits: str) -> str:
     """An address as /proc shows it: words of 32 bits in the machine's byte order."""
-    raw = b"".join(bytes.fromhex(digits[n : n + 8])[::-1] for n in range(0, len(digits), 8))
-    return str(ipaddress.ip_address(raw))
+    address = ipaddress.ip_address(b"".join(bytes.fromhex(digits[n : n + 8])[::-1] for n in range(0, len(digits), 8)))
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _sockets(pid: int) -> Iterator[str]:

@@ -14,14 +14,15 @@ def problems_of(errors: Iterable[ValidationError]) -> Iterator[Problem]:
     """Yield each error's problems."""
     for error in errors:
         key, expected = tuple(error.absolute_path), error.validator_value
+        instance: Any = error.instance
         if error.validator == "additionalProperties" and isinstance(error.schema, Mapping):
             known = error.schema.get("properties", {})
-            for name in error.instance:
+            for name in instance:
                 if name not in known:
                     yield Problem((*key, str(name)), unknown_key(name, known))
-        elif error.validator == "required":
+        elif error.validator == "required" and isinstance(expected, list):
             for name in expected:
-                if name not in error.instance:
+                if name not in instance:
                     yield Problem((*key, name), "is missing, and required here")
         else:
             yield Problem(key, f"found {_told(error.instance)}, {_expected(str(error.validator), expected)}")

@@ -102,13 +102,17 @@ def reachable(ports: list[OpenPort], is_token_on: bool) -> Iterator[Finding]:
     beyond = [port for port in ports if not port.is_loopback()]
     if not ports:
         return
-    told = sorted({f"{port.role} {port.host}:{port.port}" for port in beyond})
+    told: dict[str, list[str]] = {}
+    for port in beyond:
+        host = "*" if port.host in ("0.0.0.0", "::") else port.host
+        told.setdefault(port.role, []).append(f"{host}:{port.port}")
     inside = len(ports) - len(beyond)
     if not beyond:
         yield Finding("ports beyond loopback", f"none ({inside} on loopback)")
         return
+    listed = "; ".join(f"{role} {', '.join(ports)}" for role, ports in told.items())
     advice = _CLOSED if is_token_on else f"open without a token. They are {_CLOSED}"
-    yield Finding("ports beyond loopback", f"{'; '.join(told)} ({inside} more on loopback)", is_token_on, advice)
+    yield Finding("ports beyond loopback", f"{listed} ({inside} more on loopback)", is_token_on, advice)
 
 
 def without_user(url: str) -> str:

@@ -51,20 +51,34 @@ def end(node):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     node.wait(timeout=30)
+    psutil.wait_procs(family, timeout=30)
+
+
+class TwoNodes:
+    """A head and a second node of one core each, with a token of their own. variables: of the environment of both."""
+
+    def __init__(self, stack: contextlib.ExitStack, **variables: str):
+        self._stack = stack
+        self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it
+        stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {**os.environ, **token, **variables}
+        self.environment.pop("RAY_ADDRESS", None)
+        self.address = f"{HEAD}:{free_port()}"
+        self.start_head()
+        self.second = start_node(stack, self._folder, SECOND, self.environment, f"--address={self.address}")
+
+    def start_head(self):
+        """Start the head, again if it was ended."""
+        # Of its own each time: in a folder that was used before, Ray takes the second node's processes for a head's.
+        folder = tempfile.mkdtemp(prefix="h", dir=self._folder)
+        ports = [f"--port={self.address.rpartition(':')[2]}", f"--ray-client-server-port={free_port()}"]
+        options = ["--head", *ports, "--include-dashboard=false", f"--temp-dir={folder}"]
+        self.head = start_node(self._stack, self._folder, HEAD, self.environment, *options)
 
 
 @contextlib.contextmanager
-def two_nodes():
-    """Two nodes of one core each: the head's address, the environment, the processes of the head and the second."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**os.environ, **token}
-    environment.pop("RAY_ADDRESS", None)
-    address = f"{HEAD}:{free_port()}"
+def two_nodes(**variables: str):
+    """Two nodes for the time of the context; see TwoNodes."""
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        head_options = ["--head", f"--port={address.rpartition(':')[2]}", f"--ray-client-server-port={free_port()}"]
-        options = [*head_options, "--include-dashboard=false", f"--temp-dir={folder / 'head'}"]
-        head = start_node(stack, folder, HEAD, environment, *options)
-        second = start_node(stack, folder, SECOND, environment, f"--address={address}")
-        yield address, environment, head, second
+        yield TwoNodes(stack, **variables)

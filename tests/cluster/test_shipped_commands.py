@@ -50,6 +50,22 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
 """
 
 
+SUBMIT = """
+import json, sys, urllib.error, urllib.request
+token, entrypoint, *urls = sys.argv[1:]
+for url in urls:
+    body = json.dumps({"entrypoint": entrypoint}).encode()
+    authorized = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **authorized})
+    try:
+        print(urllib.request.urlopen(request, timeout=20).status)
+    except urllib.error.HTTPError as error:
+        print(error.code)
+    except OSError as error:
+        print(type(error).__name__)
+"""
+
+
 def run(*command, check=True, **options):
     return subprocess.run(command, check=check, capture_output=True, text=True, timeout=TIMEOUT_S, **options)
 
@@ -128,6 +144,18 @@ def test_only_ports_that_the_security_group_closes_are_open_and_the_dashboard_is
         inside = ("ip", "netns", "exec", hosts["worker"], sys.executable, "-c", ASK, address)
         without = {k: v for k, v in environment.items() if k != "RAY_AUTH_MODE"} | {"HOME": "/nowhere"}
         assert run(*inside, env=without).stdout.strip() == "UNAUTHENTICATED"
+        agents = {port.role: f"http://{port.host}:{port.port}" for port in found if port.host == HOSTS["head"]}
+        jobs = f"{agents['ray::DashboardAgent']}/api/job_agent/jobs/"
+        environments = f"{agents['ray::RuntimeEnvAgent']}/get_or_create_runtime_env"
+        ask = (*inside[:4], sys.executable, "-c", SUBMIT)
+        refused = run(*ask, "", f"touch {name}/intruded", jobs, environments, env=without)
+        assert refused.stdout.split() == ["401", "401"]
+        token = (folder / ".ray" / "auth_token").read_text()
+        assert run(*ask, token, f"touch {name}/invited", jobs, env=without).stdout.split() == ["200"]
+        while not (folder / "invited").exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+        assert not (folder / "intruded").exists()
         (folder / "end").touch()
         told, _ = driver.communicate(timeout=TIMEOUT_S)
         assert driver.returncode == 0, told

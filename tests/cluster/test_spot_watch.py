@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 from metadata_server import MetadataServer
-from ray_nodes import HEAD, SECOND, free_port, two_nodes
+from ray_nodes import HEAD, SECOND, end, free_port, two_nodes
 
 from cluster import spot_watch
 from cluster.local_raylets import AmbiguousRaylet, NoSuchRaylet, Raylet, choose_raylet, local_raylets
@@ -127,9 +127,10 @@ def stopped(pid):
 
 def test_a_node_is_drained_in_ray_when_the_cloud_gives_notice(capfd):
     with contextlib.ExitStack() as stack:
-        address, environment, head, second = stack.enter_context(two_nodes())
+        nodes = stack.enter_context(two_nodes())
+        address, environment = nodes.address, nodes.environment
         metadata = stack.enter_context(MetadataServer("aws"))
-        family = {process.pid for node in (head, second) for process in psutil.Process(node.pid).children(True)}
+        family = {p.pid for node in (nodes.head, nodes.second) for p in psutil.Process(node.pid).children(True)}
         ours = {pid: role for pid, role in ray_processes().items() if pid in family}
         check_ports(ours, address)
 
@@ -180,6 +181,25 @@ def test_a_node_is_drained_in_ray_when_the_cloud_gives_notice(capfd):
         assert not any(token in told for token in metadata.tokens)
     with capfd.disabled():
         print(f"\nnotice to drain in Ray's table: {drained['at_s'] - noticed_s:.2f} s (asked every {POLL_S} s)")
+
+
+@pytest.mark.slow
+def test_a_notice_that_comes_while_the_head_is_being_restarted_is_not_lost(tmp_path):
+    """A head that keeps its tables on disk, killed, and started again under the same address."""
+    with contextlib.ExitStack() as stack:
+        nodes = stack.enter_context(two_nodes(RAY_gcs_storage="rocksdb", RAY_gcs_storage_path=str(tmp_path)))
+        metadata = stack.enter_context(MetadataServer("gcp"))
+        metadata.say("preempted", "FALSE")
+        watch = [sys.executable, "-m", "cluster.spot_watch", "--address", nodes.address, "--poll-s", str(POLL_S)]
+        command = [*watch, "--cloud", "gcp", "--node-ip", SECOND, "--metadata-url", metadata.url]
+        log = Lines(start(stack, command, nodes.environment).stderr)
+        log.wait("watching the metadata service of gcp")
+        end(nodes.head)
+        metadata.say("preempted", "TRUE")
+        log.wait("not drained yet .*no answer")
+        nodes.start_head()
+        log.wait("drained: the cluster knows")
+        log.wait("the raylet ended")  # nothing ran on it
 
 
 def check_ports(processes, address):

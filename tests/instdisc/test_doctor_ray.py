@@ -78,12 +78,12 @@ def test_ports_that_other_machines_reach_are_listed_and_those_on_loopback_counte
         OpenPort(1, "gcs_server", "0.0.0.0", 6379),
         OpenPort(1, "gcs_server", "::", 6380),
         OpenPort(2, "dashboard", "127.0.0.1", 8265),
-        OpenPort(2, "dashboard", "::ffff:127.0.0.1", 8266),
+        OpenPort(2, "dashboard", "::1", 8266),
         OpenPort(3, "ray::Train", "10.0.0.7", 41000),
     ]
     (found,) = reachable(ports, True)
     assert found.ok
-    assert found.value == "gcs_server 0.0.0.0:6379; gcs_server :::6380; ray::Train 10.0.0.7:41000 (2 more on loopback)"
+    assert found.value == "gcs_server *:6379, *:6380; ray::Train 10.0.0.7:41000 (2 more on loopback)"
     assert "security group" in found.advice
     (found,) = reachable(ports, False)
     assert not found.ok

@@ -31,13 +31,12 @@ def tars_and_manifest(folder):
 
 @pytest.fixture
 def cluster():
-    """Two nodes of one core each on loopback addresses: the address of the head, the environment, the second node."""
-    with two_nodes() as (address, environment, _, second):
-        yield address, environment, second
+    with two_nodes() as nodes:
+        yield nodes
 
 
 def test_a_node_that_is_lost_in_the_middle_changes_nothing(tmp_path, cluster):
-    address, environment, second = cluster
+    address, environment, second = cluster.address, cluster.environment, cluster.second
     root = tmp_path / "photos/train/cat"
     root.mkdir(parents=True)
     Image.effect_noise((500, 375), 60).convert("RGB").save(root / "0.jpg", quality=90)
