@@ -166,7 +166,7 @@ class Hosts:
     def alive(self) -> list[dict]:
         """Return Ray's nodes as the head sees them."""
         script = (
-            "import json,ray;ray.init(address='auto',logging_level='ERROR',log_to_driver=False);"
+            f"import json,ray;ray.init('{self.head.address}:{GCS_PORT}',logging_level='ERROR',log_to_driver=False);"
             "print(json.dumps([n for n in ray.nodes() if n['Alive']]))"
         )
         return json.loads(self.head.run([sys.executable, "-c", script]).splitlines()[-1])

@@ -128,7 +128,7 @@ import ray, time
 deadline = time.monotonic() + 60
 while True:
     try:
-        ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+        ray.init(address="127.0.0.1:6379", logging_level="ERROR", log_to_driver=False)
         break
     except ConnectionError:
         assert time.monotonic() < deadline
