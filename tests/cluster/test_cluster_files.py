@@ -21,7 +21,9 @@ from cluster.cluster_file import KUBERAY, LAUNCHER, check_cluster_file
 from cluster.config_document import ConfigProblems
 from cluster.ray_launcher import check_with_ray
 from cluster.schema_problems import problems_of
-from instdisc.cli.main import main
+from cluster.worker_range import parse_workers
+from instdisc.cli.main import build_parser, main
+from instdisc.cli.overrides import split_overrides
 
 TOP = Path(__file__).parents[2]
 LAUNCHER_FILE, KUBERAY_FILE = TOP / "ray_config.yaml", TOP / "cluster" / "kuberay.yaml"
@@ -379,14 +381,26 @@ def test_the_spot_daemon_of_the_launcher_file_takes_its_options():
     assert (options.address, options.cloud) == ("10.0.0.1:6379", "aws")
 
 
+def test_the_training_of_the_kuberay_file_is_a_command_of_ours():
+    job = next(d for d in yaml.safe_load_all(KUBERAY_FILE.read_text()) if d["kind"] == "RayJob")
+    program, *arguments = job["spec"]["entrypoint"].split()
+    rest, overrides = split_overrides(arguments)
+    options = build_parser().parse_args(rest)
+    assert (program, options.command, options.takes_overrides) == ("instdisc", "train", True)
+    assert overrides
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    _, most = parse_workers(str(options.workers)) if isinstance(options.workers, str) else (0, options.workers)
+    assert most <= sum(group["maxReplicas"] for group in groups)
+
+
 def test_what_has_to_be_edited_is_marked():
-    """Every name that stands for something of the user's is on a line, or below one, that says EDIT."""
+    """Every name that stands for something of the user's is on a line, or soon below one, that says EDIT."""
     for path in (LAUNCHER_FILE, KUBERAY_FILE):
         lines = path.read_text().splitlines()
         for number, line in enumerate(lines):
             is_comment = line.lstrip().startswith("#")
             if not is_comment and any(name in line for name in ("registry.example.com", "BUCKET", "000000000000")):
-                assert "EDIT" in line + lines[number - 1], f"{path.name}:{number + 1}"
+                assert "EDIT" in "".join(lines[max(0, number - 4) : number + 1]), f"{path.name}:{number + 1}"
 
 
 def test_the_image_holds_what_the_files_expect():

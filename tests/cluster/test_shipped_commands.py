@@ -152,6 +152,7 @@ def test_only_ports_that_the_security_group_closes_are_open_and_the_dashboard_is
         assert refused.stdout.split() == ["401", "401"]
         token = (folder / ".ray" / "auth_token").read_text()
         assert run(*ask, token, f"touch {name}/invited", jobs, env=without).stdout.split() == ["200"]
+        deadline_s = time.monotonic() + TIMEOUT_S
         while not (folder / "invited").exists():
             assert time.monotonic() < deadline_s
             time.sleep(0.2)
