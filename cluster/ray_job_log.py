@@ -75,8 +75,6 @@ class _Tail:
         try:
             texts = [self._texts.get(timeout=timeout_s)]
         except queue.Empty:
-            if not self._thread.is_alive():
-                time.sleep(timeout_s)
             return ""
         while not self._texts.empty():
             texts.append(self._texts.get())

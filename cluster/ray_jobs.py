@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class _StatusError(Exception):
     """The server answered with an HTTP status that is not a success."""
 
     def __init__(self, status: int, text: str) -> None:
-        self.status = status
+        self.status, self.text = status, text
         super().__init__(f"status {status}: {_last_line(text)}")
 
 
@@ -120,10 +121,11 @@ class RayJobs:
         try:
             self._ask(send)
         except _StatusError as error:
-            if _EXISTS in str(error):
+            if _EXISTS in error.text:
                 return
-            if error.status >= 500:
-                raise HeadAwayError(str(error)) from error  # it is starting: its job agent is not there yet
+            # A head that is starting has no job agent yet; but what an agent refuses comes with 500 on the outside, too.
+            if error.status >= 500 and "status code 400" not in error.text:
+                raise HeadAwayError(str(error)) from error
             raise JobRefusedError(f"the cluster at {self.address} does not take the job {id}: {error}") from error
 
     def find(self, id: str) -> Job | None:
@@ -208,8 +210,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _last_line(text: str) -> str:
-    """Return the last line: that of a traceback says what happened."""
-    lines = text.strip().splitlines()
+    """Return the last line with words in it: that of a traceback says what happened."""
+    lines = [line for line in text.splitlines() if re.search(r"\w", line)]
     return lines[-1][:300] if lines else "no text"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cluster.job import Job, JobRefusedError, JobsError, Verdict, judge, next_id
+from cluster.job import PENDING, Job, JobRefusedError, JobsError, Verdict, judge, next_id
 from cluster.ray_job_log import JobLog
 from cluster.ray_jobs import HeadAwayError, RayJobs
 
@@ -72,6 +72,7 @@ class Submission:
         self._on_text, self._on_event, self._patience_s = on_text, on_event, patience_s
         self._followed: list[str] = []
         self._can_read_run = True
+        self._is_line_whole = True
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -157,23 +158,27 @@ class Submission:
                     # Does nothing to a job that is there; but a new head looks only then after those that an
                     # external database of Ray's has kept.
                     self._patiently(lambda: self._send(id))
+                if job.status == PENDING:
+                    self._on_event({"kind": "phase", "text": f"job {id} waits for its start"})
                 self._show(log, POLL_S)
             if job is not None:
                 self._show_rest(log)
             return job
         finally:
             log.disconnect()
+            if not self._is_line_whole:
+                self._text("\n")
 
     def _show(self, log: JobLog, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while (left_s := deadline - time.monotonic()) > 0:
             if text := log.read(left_s):
-                self._on_text(text)
+                self._text(text)
 
     def _show_rest(self, log: JobLog) -> None:
         try:
             if text := self._patiently(log.finish, END_OF_LOG_S):
-                self._on_text(text)
+                self._text(text)
         except (JobsError, HeadLostError) as error:
             self._tell(f"the end of the log of job {log.job_id} is missing here: {error}")
 
@@ -213,6 +218,10 @@ class Submission:
                 if was_away:
                     self._tell(f"the head answers again after {time.monotonic() - started_s:.0f} s")
                 return answer, was_away
+
+    def _text(self, text: str) -> None:
+        self._is_line_whole = text.endswith("\n")
+        self._on_text(text)
 
     def _tell(self, text: str) -> None:
         self._on_event({"kind": "message", "text": text})

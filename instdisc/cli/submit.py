@@ -142,9 +142,7 @@ class Lines:
             self._progress.update({"kind": "phase" if is_progress else "message", "text": line})
 
     def tell(self, event: dict[str, Any]) -> None:
-        """Show an event."""
-        if self._rest:
-            self.add("\n")
+        """Show an event; a line of the log that has come in part comes after it, whole."""
         self._progress.update(event)
 
     def message(self, text: str) -> None:

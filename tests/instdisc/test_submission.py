@@ -143,7 +143,7 @@ def test_a_log_in_pieces_becomes_whole_lines_and_progress_is_redrawn_in_a_termin
             "starting",
             "step 1/10 (10%), 0:09 left",
             "step 2/10 (20%), 0:08 left",
-            "end without a newline",
             "told",
+            "end without a newline",
         ]
         assert stream.getvalue().splitlines() == expected
