@@ -123,7 +123,7 @@ class RayJobs:
         except _StatusError as error:
             if _EXISTS in error.text:
                 return
-            # A head that is starting has no job agent yet; but what an agent refuses comes with 500 on the outside, too.
+            # A head that is starting has no job agent yet; what an agent refuses comes with 500 on the outside, too.
             if error.status >= 500 and "status code 400" not in error.text:
                 raise HeadAwayError(str(error)) from error
             raise JobRefusedError(f"the cluster at {self.address} does not take the job {id}: {error}") from error
