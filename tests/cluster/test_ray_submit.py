@@ -99,6 +99,7 @@ def test_a_log_is_followed_through_cut_connections_without_a_line_lost_or_twice(
     assert any("waiting for the head" in told and "refused" in told for told in followed.told)
 
 
+@pytest.mark.slow
 def test_a_second_submission_of_a_run_follows_its_job_and_another_command_is_refused(head):
     first = Followed(head.dashboard, COUNT, "twice").start()
     first.wait_for("line 1\n")

@@ -46,8 +46,9 @@ class Submitting:
 
     def _read(self) -> None:
         assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.told += line
+        with self.process.stderr as stderr:
+            for line in stderr:
+                self.told += line
 
     def wait_for(self, text: str) -> None:
         deadline = time.monotonic() + TIMEOUT_S
@@ -59,7 +60,8 @@ class Submitting:
     def end(self) -> tuple[int, str]:
         """Wait for the end: its exit code, and what stands on standard output."""
         assert self.process.stdout is not None
-        printed = self.process.stdout.read()
+        with self.process.stdout as stdout:
+            printed = stdout.read()
         code = self.process.wait(TIMEOUT_S)
         self._reader.join(10)
         return code, printed
@@ -122,7 +124,6 @@ def test_a_submitted_training_is_followed_to_its_end_by_two_and_a_mistake_there_
         assert "/36 (" in told
         assert head.token not in told
     assert "following it" in second.told
-    print(second.told)
     another = Submitting(head, uri, *TINY, "--optim.epochs", "6", "--optim.global_batch", "32")
     code, printed = another.end()
     assert code == 2
