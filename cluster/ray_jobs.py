@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -55,7 +55,7 @@ class _Client(JobSubmissionClient):
             raise HeadAwayError(f"a gateway answers with status {response.status_code}")
         return response
 
-    def _raise_error(self, r: Any) -> None:
+    def _raise_error(self, r: Any) -> NoReturn:
         raise _StatusError(r.status_code, r.text)
 
     def host_names(self) -> set[str]:

@@ -181,14 +181,15 @@ def _ended(as_json: bool, uri: str, end: End) -> int:
     """Print the end and return the exit code, or raise what says why it is not a good one."""
     from cluster.job import JobRefusedError, Verdict
 
-    again = f" ({len(end.ids)} submissions)" if len(end.ids) > 1 else ""
+    last, num_submissions = end.ids[-1], len(end.ids)
+    again = f" ({num_submissions} submissions)" if num_submissions > 1 else ""
     text = {
-        Verdict.SUCCEEDED: f"Job {end.ids[-1]} succeeded{again}: run {uri}",
-        Verdict.STOPPED: f"Job {end.ids[-1]} was stopped{again}. The same command goes on with run {uri}",
+        Verdict.SUCCEEDED: f"Job {last} succeeded{again}: run {uri}",
+        Verdict.STOPPED: f"Job {last} was stopped{again}. The same command goes on with run {uri}",
     }.get(end.verdict, "")
     _print(as_json, uri, end.ids, end.status, text, exit_code=end.exit_code, cause=end.cause)
     if end.verdict is Verdict.MISTAKE:
-        raise JobRefusedError(f"job {end.ids[-1]} ended with exit code {end.exit_code}:\n{end.cause}")
+        raise JobRefusedError(f"job {last} ended with exit code {end.exit_code}:\n{end.cause}")
     if end.verdict is Verdict.LOST:
         raise GaveUpError(f"run {uri}: {end.cause}")
     return INTERRUPTED if end.verdict is Verdict.STOPPED else 0
