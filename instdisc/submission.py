@@ -12,12 +12,12 @@ from pathlib import Path
 
 from cluster.attempts import manifest_ids
 from cluster.manifest import ManifestId
+from cluster.worker_range import parse_workers
 from instdisc.config_sections import ConfigError
 from instdisc.launch import absolute
 from instdisc.runs import Run
 
 _LONGEST_SLUG = 40
-_WORKERS = re.compile(r"\d+(\.\.\d+)?")
 _CREDENTIAL = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE|AUTH", re.IGNORECASE)
 _ADVICE = (
     "Give the cluster's machines a role that may read and write the bucket (on AWS an instance profile, on Kubernetes "
@@ -33,12 +33,11 @@ def job_name(uri: str) -> str:
 
 
 def train_command(recipe: str, uri: str, workers: str, overrides: Sequence[str]) -> str:
-    """Return the command line that trains on the cluster. Raises ConfigError for what must not or cannot stand in it.
+    """Return the command line that trains on the cluster.
 
-    workers: a number, or MIN..MAX.
+    workers: a number, or MIN..MAX. Raises ConfigError for what must not stand in it, ValueError for other workers.
     """
-    if not _WORKERS.fullmatch(workers):
-        raise ConfigError(f"--workers: found {workers!r}, expected a number such as 4, or MIN..MAX such as 2..16")
+    parse_workers(workers)
     # Not the script `instdisc`: this finds the package in the job's working directory, too.
     arguments = ["python", "-m", "instdisc.cli.main", "train", recipe, "--run", uri, "--workers", workers, *overrides]
     for argument in arguments:

@@ -30,7 +30,7 @@ def test_workers_are_passed_on_as_they_were_given():
     command = train_command("quickstart", "s3://b/r 1", "2..16", ["--optim.lr", "0.1"])
     assert command.endswith("train quickstart --run 's3://b/r 1' --workers 2..16 --optim.lr 0.1")
     for workers in ("", "two", "2..", "2-4", "-1", "1; rm"):
-        with pytest.raises(ConfigError, match=r"MIN\.\.MAX"):
+        with pytest.raises(ValueError, match=r"MIN\.\.MAX"):
             train_command("quickstart", "s3://b/r", workers, [])
 
 
