@@ -11,6 +11,8 @@ PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED = "PENDING", "RUNNING", "SUCCEEDED"
 _MISTAKE, _CANNOT_EXECUTE, _NOT_FOUND, _INTERRUPTED = 2, 126, 127, 130
 _KILLED = (-9, 137)
 """By SIGKILL: the second is how a shell tells it."""
+_RAYS_LINE = "Running entrypoint for job"
+"""Written late: it may stand below what a program said that ended at once."""
 _ERROR = re.compile(r"[\w .-]+: (error|failed)\b")
 
 
@@ -88,5 +90,6 @@ def _error_in(message: str) -> str:
     """
     _, found, log = message.partition("chars):\n")
     lines = (log if found else message).strip().splitlines()
+    lines = [line for line in lines if not line.startswith(_RAYS_LINE)] or [""]
     starts = [number for number, line in enumerate(lines) if _ERROR.match(line)]
     return "\n".join(lines[starts[-1] if starts else -1 :])

@@ -9,6 +9,7 @@ from cluster.job import FAILED, STOPPED, SUCCEEDED, Job, Verdict, judge, next_id
 RAYS_MESSAGE = (
     "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\n"
     "something else\ninstdisc: error: unknown recipe 'x'\n  did you mean y\n"
+    "Running entrypoint for job run-1: python -m it\n"
 )
 
 
