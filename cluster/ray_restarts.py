@@ -101,6 +101,8 @@ def _what_happened(error: Any, failures: list[Failure]) -> str:
             return f"the worker of rank {rank} died"
     if failures:
         cause = root_cause(failures)
+        if cause.is_echo():
+            return f"rank {cause.rank} lost its connection to another worker"
         return f"rank {cause.rank}: {cause.summary.splitlines()[0]}"
     return _first_line(error)
 
