@@ -13,11 +13,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+from tensorboard.compat.proto.event_pb2 import Event
 from test_tensorboard import scalars
 
 from cluster.store import Store, StoreError
 from instdisc.train import event_file, event_mirror
-from instdisc.train.event_mirror import interval_s
+from instdisc.train.event_mirror import EventMirror, interval_s
 from instdisc.train.tensorboard import EventWriter
 
 TIMEOUT_S = 30.0
@@ -122,48 +123,55 @@ def test_files_grow_rarer_and_stay_few_over_days():
             now_s += interval_s(num_files)
             num_files += 1
         counts.append(num_files)
-    assert counts == [48, 288, 576]
-    assert [interval_s(n) for n in (0, 16, 10**6)] == [30, 60, 600]
+    assert counts == [36, 216, 504]
+    assert [interval_s(n) for n in (0, 8, 10**6)] == [30, 60, 600]
 
 
-def test_a_run_that_goes_on_counts_the_files_that_it_has_and_shows_soon_that_it_lives(monkeypatch, tmp_path):
-    uri, clock = place(), [0.0]
-    for number in range(16 * 9):
-        Store(uri).put(f"events.out.tfevents.{1:010d}.{number:06d}.there", b"")
+class Hours:
+    """A mirror of an attempt whose time is set by hand."""
+
+    def __init__(self, uri: str, attempt: int) -> None:
+        self.now_s, self.attempt, self.store = 0.0, attempt, Store(uri)
+        self.mirror = EventMirror(self.store, attempt, clock=lambda: self.now_s)
+        self.mirror.start()
+
+    def files_at(self, now_s: float, expected: int) -> int:
+        """Return how many files the attempt has at a time, when there was time to put as many as expected."""
+        self.now_s = now_s
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(self._names()) < expected and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        return self.store.list(f"events.out.tfevents.{self.attempt:010d}")
+
+
+def test_a_run_that_goes_on_counts_the_files_that_it_has_and_soon_shows_that_it_lives(monkeypatch):
     monkeypatch.setattr(event_mirror, "_TICK_S", 0.01)
-    mirror = event_mirror.EventMirror(Store(uri), 2, clock=lambda: clock[0])
-    mirror.start()
-
-    def written() -> int:
-        return len(Store(uri).list(f"events.out.tfevents.{2:010d}"))
-
-    assert interval_s(16 * 9) == 300
-    for ends_s, expected in ((29, 0), (31, 1), (31 + 290, 1), (31 + 310, 2)):
-        if ends_s in (29, 31 + 290):
-            mirror.add(event_file.Event(step=1))
-        clock[0] = float(ends_s)
-        time.sleep(0.1)
-        if expected:
-            wait_until(lambda expected=expected: written() >= expected)
-        assert written() == expected, ends_s
-        if ends_s == 31:
-            clock[0] = 31.0
-    mirror.close()
+    uri = place()
+    for number in range(72):
+        Store(uri).put(f"events.out.tfevents.{1:010d}.{number:06d}.there", b"")
+    hours = Hours(uri, attempt=2)
+    hours.mirror.add(Event(step=1))
+    assert hours.files_at(29, 0) == 0
+    assert hours.files_at(31, 1) == 1, "the first file of an attempt ends soon"
+    hours.mirror.add(Event(step=2))
+    assert 300 < interval_s(73) < 305
+    assert hours.files_at(31 + 299, 1) == 1
+    assert hours.files_at(31 + 305, 2) == 2
+    hours.mirror.close()
 
 
 def test_a_committed_checkpoint_brings_its_points_along_once_half_the_time_has_passed(monkeypatch):
     monkeypatch.setattr(event_mirror, "_TICK_S", 0.01)
-    uri, clock = place(), [0.0]
-    mirror = event_mirror.EventMirror(Store(uri), 1, clock=lambda: clock[0])
-    mirror.start()
-    mirror.add(event_file.Event(step=1))
-    mirror.flush()
-    clock[0] = 14.0
-    time.sleep(0.1)
-    assert files(uri) == {}
-    clock[0] = 16.0
-    wait_until(lambda: len(files(uri)) == 1)
-    mirror.close()
+    hours = Hours(place(), attempt=1)
+    hours.mirror.add(Event(step=1))
+    hours.mirror.flush()
+    assert hours.files_at(14, 0) == 0
+    assert hours.files_at(16, 1) == 1
+    hours.mirror.close()
 
 
 def test_a_store_that_hangs_holds_nobody_up_and_gets_everything_in_the_end(quick, unwilling, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ import torch
 from seaweed import Seaweed
 
 import instdisc
-from cluster.attempts import read_attempts
+from cluster.attempts import read_attempts, win_number
 from cluster.lease import KEY as HEARTBEAT
-from cluster.lease import Holder, read_heartbeat
+from cluster.lease import read_heartbeat
 from cluster.manifest import encode_document
 from cluster.store import Store
 from cluster.worker import Cause, Worker
@@ -70,20 +71,37 @@ class CutOffError(Exception):
     """The process is meant to be killed here."""
 
 
-def train_some(uri: str, until: int, cause: Cause | None = None, **overrides: Any) -> list[dict[str, Any]]:
-    """Train on until a step and let the driver end there without a word of farewell to the run; return its events."""
+def train_some(uri: str, until: int, saved: int, cause: Cause | None = None) -> list[dict[str, Any]]:
+    """Train on until a step, wait for the checkpoint of another, and fail there; return the events of the run."""
     told: list[dict[str, Any]] = []
+    checkpoints = Run(uri).checkpoints()
 
     def send(text: str) -> None:
         told.append(json.loads(text))
         if told[-1].get("step", 0) >= until:
+            wait_for(lambda: any(key.endswith(f"-{saved:012d}.json") for key in checkpoints.list("manifests/")))
             raise CutOffError
 
-    config = Run(uri).agree_on_config(small(**overrides))
+    config = Run(uri).agree_on_config(small())
     worker = Worker(device=torch.device("cpu"), send_event=send, cause=cause or Cause())
     with pytest.raises(CutOffError):
         train_worker(worker, config.to_json(), uri)
     return told
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> str:
+    """A run that failed after step 6, with a checkpoint of step 4."""
+    uri = str(tmp_path_factory.mktemp("stopped") / "run")
+    train_some(uri, until=6, saved=4)
+    return uri
 
 
 def status(uri: str, capsys) -> tuple[dict[str, Any], str]:
@@ -165,11 +183,7 @@ def test_a_run_that_is_trained_by_another_process_and_then_killed(tmp_path, caps
     flags = [flag for name, value in long.items() for flag in (f"--{name}", "no" if value is False else str(value))]
     command = [sys.executable, "-m", "instdisc.cli.main", "train", "quickstart", "--run", uri, "--workers", "0", *flags]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not Path(uri, "checkpoints", "manifests").is_dir() or not Run(uri).checkpoints().list("manifests/"):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_for(lambda: process.poll() is not None or Run(uri).checkpoints().list("manifests/"))
         document, text = status(uri, capsys)
         assert document["state"] == "training"
         assert document["heartbeat"]["process"] == process.pid
@@ -190,7 +204,7 @@ def test_a_run_that_is_trained_by_another_process_and_then_killed(tmp_path, caps
 
 def test_a_stopped_run_tells_the_command_that_goes_on_to_the_end(tmp_path, capsys):
     uri = str(tmp_path / "run")
-    train_some(uri, until=6)
+    train_some(uri, until=6, saved=4)
     document, text = status(uri, capsys)
     assert document["state"] == "stopped"
     assert document["checkpoint"]["step"] == 4
@@ -206,32 +220,27 @@ def test_a_stopped_run_tells_the_command_that_goes_on_to_the_end(tmp_path, capsy
 @pytest.mark.parametrize(
     ("age_s", "state", "says"),
     [
-        (3, "training", "its last heartbeat was 3 s ago, by the clocks of this machine"),
-        (34, "training", "of far-away"),
+        (3, "training", "ago, by the clocks of this machine"),
+        (30, "training", "of far-away"),
         (90, "silent", "or the clocks differ by as much"),
         (86_400, "silent", "24 h ago"),
         (-40, "unclear", "ahead"),
     ],
 )
-def test_a_holder_on_another_machine_is_judged_by_two_clocks_and_that_is_said(tmp_path, capsys, age_s, state, says):
-    uri = str(tmp_path / "run")
-    train_some(uri, until=6)
-    rewrite_heartbeat(Run(uri).checkpoints(), age_s, host="far-away", boot="another")
-    document, text = status(uri, capsys)
+def test_a_holder_on_another_machine_is_judged_by_two_clocks_and_that_is_said(stopped, capsys, age_s, state, says):
+    rewrite_heartbeat(Run(stopped).checkpoints(), age_s, host="far-away", boot="another")
+    document, text = status(stopped, capsys)
     assert document["state"] == state
     assert not document["heartbeat"]["is_same_clock"]
     assert document["heartbeat"]["age_s"] == pytest.approx(age_s, abs=3)
-    assert says.replace("3 s", "") in text or says in text
+    assert says in text
     assert f"Ages are by the clock of this machine ({document['here']})" in text
 
 
-def test_a_run_whose_workers_are_still_restoring_is_starting(tmp_path, capsys):
-    uri = str(tmp_path / "run")
-    train_some(uri, until=6)
+def test_a_run_whose_workers_are_still_restoring_is_starting(stopped, tmp_path, capsys):
+    uri = str(shutil.copytree(stopped, tmp_path / "run"))
     store = Run(uri).checkpoints()
     rewrite_heartbeat(store, 1, boot="another")
-    from cluster.attempts import win_number
-
     win_number(store)
     assert status(uri, capsys)[0]["state"] == "starting"
 
@@ -241,12 +250,11 @@ def test_why_workers_were_started_again_is_told_counted_and_drawn(tmp_path, caps
 
     uri = str(tmp_path / "run")
     since = time.time() - 7
-    train_some(uri, until=5)
+    train_some(uri, until=5, saved=4)
     drained = Cause(kind="drain", text="node a goes: 3 workers on 2 machines", since=since)
-    told = train_some(uri, until=9, cause=drained)
-    train_some(
-        uri, until=11, cause=Cause(kind="failure", text="rank 1 died | pipe\nand line", since=time.time() + 3600)
-    )
+    told = train_some(uri, until=9, saved=8, cause=drained)
+    died = Cause(kind="failure", text="rank 1 died | pipe\nand line", since=time.time() + 3600)
+    train_some(uri, until=11, saved=8, cause=died)
     document, text = status(uri, capsys)
     assert [attempt["kind"] for attempt in document["attempts"]] == ["start", "drain", "failure"]
     assert (document["restarts"], document["preemptions"], document["failures"], document["resizes"]) == (2, 1, 1, 0)
@@ -283,7 +291,7 @@ def test_what_no_checkpoint_has_is_drawn_and_falls_when_one_is_committed(finishe
 
 def test_a_run_on_s3_is_told_alike(server, capsys):
     uri = "s3://images/runs/told"
-    train_some(uri, until=6)
+    train_some(uri, until=6, saved=4)
     document, text = status(uri, capsys)
     assert (document["state"], document["checkpoint"]["step"], document["num_steps"]) == ("stopped", 4, STEPS)
     assert f"tensorboard --logdir {uri}" not in text
@@ -309,14 +317,11 @@ def test_a_store_that_is_not_there_is_a_mistake_in_what_was_asked(server, capsys
         {},
         {"data.root": "/some where/images", "optim.epochs": 3.5, "checkpoint.every_minutes": None},
         {"augment.jitter": (0.1, 0.2, 0.3, 0.4), "objective.temperature": 0.1, "eval.baselines": False, "seed": 7},
-        {"data.root": "/x", "data.kind": "cifar10", "data.download": True, "data.train_split": "-odd"},
+        {"data.root": "/x", "data.kind": "cifar10", "data.download": True, "data.cache_dir": "--odd place"},
     ],
 )
 def test_the_command_that_is_shown_makes_the_configuration_that_the_run_has(name, overrides):
-    try:
-        config = recipe(name, **overrides)
-    except ValueError:
-        pytest.skip("not a configuration of this recipe")
+    config = recipe(name, **overrides)
     agreed = config.with_overrides({"optim.norm_group": config.optim.norm_group or config.optim.global_batch})
     command = train_command(agreed, "runs/a b", workers=3)
     assert command is not None
@@ -335,18 +340,12 @@ def test_a_configuration_of_no_recipe_has_no_command(tmp_path, capsys):
     assert "instdisc.fit(config, run=" in text
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_what_is_safe(tmp_path):
-    uri = str(tmp_path / "run")
-    train_some(uri, until=11)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_what_is_safe(finished, tmp_path):
+    uri = str(shutil.copytree(finished, tmp_path / "run"))
     store = Run(uri).checkpoints()
     newest = store.list("manifests/")[-1]
     store.put(newest, b"{}")
     found = status_of(Run(uri))
     assert found.saved is not None
-    assert found.saved.step == 4
+    assert found.saved.step == 8
     assert newest in found.problem
-
-
-def test_holders_are_told_apart_by_the_boot_of_their_machine():
-    here = Holder.of_this_process()
-    assert here.boot, "needed for judging by one clock"

@@ -66,7 +66,7 @@ class Board:
         return [(step, value) for _, step, value in found]
 
     def text(self, tag: str) -> str:
-        found = self._get(f"data/plugin/text/text?{urllib.parse.urlencode({'run': '.', 'tag': tag})}")
+        found = self._get(f"data/plugin/text/text?{urllib.parse.urlencode({'run': '.', 'tag': f'{tag}/text_summary'})}")
         return found[-1]["text"]
 
     def _get(self, path: str) -> Any:
