@@ -11,6 +11,9 @@ import signal
 import traceback
 from dataclasses import dataclass
 
+from cluster.patience import is_transient
+from cluster.store_errors import StoreError
+
 
 class WorkerDied(RuntimeError):
     """A worker process ended without a result and without an exception.
@@ -34,6 +37,20 @@ class WorkerDied(RuntimeError):
         return WorkerDied, (self.rank, self.exit_code, self.detail)
 
 
+class Preempted(RuntimeError):
+    """This group of workers leaves, all ranks after the same step and with a checkpoint; another one goes on there.
+
+    `step`: of the checkpoint.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"the workers leave after step {step}, which is saved; others go on")
+
+    def __reduce__(self):
+        return Preempted, (self.step,)
+
+
 class WorkerError(RuntimeError):
     """A worker raised something that cannot be raised again here as itself (not picklable, or SystemExit)."""
 
@@ -47,6 +64,10 @@ class Failure:
     summary: str
     traceback: str
     pickled: bytes | None
+    kind: str
+    """The name of the exception's class."""
+    may_pass: bool = False
+    """Whether a connection, a device or a storage failed, so that other workers may succeed."""
 
     def to_exception(self) -> BaseException:
         """The exception to raise in the caller, with the rank and the worker's traceback as a note."""
@@ -76,7 +97,21 @@ def describe(error: BaseException, rank: int, world_size: int) -> Failure:
         summary="".join(traceback.format_exception_only(error)).strip(),
         traceback="".join(traceback.format_exception(error)).rstrip(),
         pickled=_pickled(error),
+        kind=type(error).__name__,
+        may_pass=_may_pass(error),
     )
+
+
+_MAY_PASS = frozenset(
+    {"ConnectionError", "TimeoutError", "DistError", "OutOfMemoryError", "AcceleratorError", "CoordinatorGoneError"}
+)
+
+
+def _may_pass(error: BaseException) -> bool:
+    # By name: whoever supervises must not import torch. is_transient knows the errors of a storage.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    is_passing = getattr(error, "is_permanent", True) is False  # a save that failed, `SaveFailedError`
+    return bool(names & _MAY_PASS) or is_passing or (isinstance(error, StoreError) and is_transient(error))
 
 
 def root_cause(failures: list[Failure]) -> Failure:

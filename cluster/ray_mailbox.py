@@ -1,15 +1,62 @@
-"""The actor through which the driver and the workers of a Ray run talk: events, failures, the wish to stop."""
+"""The actor through which the driver, Ray Train's controller and the workers of a run talk.
+
+Events, failures, where the ranks of a group of workers find each other, the wish to stop, and that a group shall leave.
+Workers come in groups: when one is gone, Ray Train starts another; what belongs to one is forgotten with it.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
+from dataclasses import asdict
+from enum import Enum
 from typing import Any
+from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError
 
 from cluster.failures import Failure
 from cluster.outbox import Outbox
+from cluster.worker import Cause
+
+MOST_EARLY = 256
+
+
+class Order(Enum):
+    """What workers are asked for: each saves a checkpoint first."""
+
+    STOP = "return"
+    LEAVE = "raise Preempted: another group goes on"
+
+
+class _Group:
+    """What is known of one group of workers."""
+
+    def __init__(self, number: int, cause: Cause) -> None:
+        self.number, self.cause = number, cause
+        self.failures: list[Failure] = []
+        self.found = asyncio.Event()
+        self.address: tuple[str, int] = ("", 0)
+        self.order: Order | None = None
+        self.ordered = asyncio.Event()
+
+
+class _InOrder:
+    """A sender's events: Ray hands messages to an actor in any order."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self._early: dict[int, str] = {}
+
+    def put(self, number: int, event: str, outbox: Outbox) -> None:
+        self._early[number] = event
+        if len(self._early) > MOST_EARLY:
+            self.next = min(self._early)  # the ones before were lost with a connection
+        while self.next in self._early:
+            outbox.put(self._early.pop(self.next))
+            self.next += 1
 
 
 class Mailbox:
@@ -17,26 +64,57 @@ class Mailbox:
 
     def __init__(self):
         self._outbox = Outbox()
-        self._failures: list[Failure] = []
-        self._stop = asyncio.Event()
-        self._rendezvous = asyncio.Event()
-        self._address = ("", 0)
+        self._posted: dict[str, _InOrder] = {}
+        self._arrived = asyncio.Condition()
+        self._group = _Group(0, Cause())
+        self._next_cause = Cause()
+        self._is_stopping = False
         self._controller: Any = None
 
-    async def put(self, event: str) -> None:
-        """A worker's event, as JSON text."""
-        self._outbox.put(event)
+    async def put(self, sender: str, number: int, event: str) -> None:
+        """A sender's event number 0, 1, … for the driver, as JSON text; see `Post`."""
+        self._posted.setdefault(sender, _InOrder()).put(number, event, self._outbox)
+        async with self._arrived:
+            self._arrived.notify_all()
 
-    async def flush(self) -> None:
-        """Return when everything that the caller sent before has arrived."""
+    async def flush(self, sender: str, num_sent: int) -> None:
+        """Wait until so many events of a sender have arrived."""
+        async with self._arrived:
+            await self._arrived.wait_for(lambda: num_sent == 0 or self._num_arrived(sender) >= num_sent)
 
-    async def fail(self, failure: Failure) -> None:
-        """What a worker raised."""
-        self._failures.append(failure)
+    def _num_arrived(self, sender: str) -> int:
+        return self._posted[sender].next if sender in self._posted else 0
 
-    async def take(self) -> tuple[list[str], list[Failure]]:
-        """The events since the last call, and all failures so far."""
-        return self._outbox.take_all(), self._failures
+    async def take(self) -> list[str]:
+        """The events since the last call."""
+        return self._outbox.take_all()
+
+    async def open_group(self) -> int:
+        """A group of workers is about to be started, for the cause that was announced last; returns its number."""
+        self._group.order = self._group.order or Order.LEAVE  # one that still lives, cut off, need not go on
+        self._group.ordered.set()
+        self._group = _Group(self._group.number + 1, self._next_cause)
+        self._next_cause = Cause()
+        if self._is_stopping:
+            self._give(Order.STOP)
+        return self._group.number
+
+    async def group(self) -> tuple[int, dict[str, Any]]:
+        """A worker asks for the number of the group that is being started and for its `Cause`."""
+        return self._group.number, asdict(self._group.cause)
+
+    async def announce(self, cause: dict[str, Any]) -> None:
+        """Why the next group will be started, a `Cause`."""
+        self._next_cause = Cause(**cause)
+
+    async def fail(self, group: int, failure: Failure) -> None:
+        """What a worker of a group raised."""
+        if group == self._group.number:
+            self._group.failures.append(failure)
+
+    async def failures(self) -> list[Failure]:
+        """What workers of the present group raised so far, in order of arrival."""
+        return self._group.failures
 
     async def controller_started(self, controller: Any) -> None:
         """The handle of the actor in which Ray Train runs its loop; Ray Train itself does not hand it out."""
@@ -48,22 +126,40 @@ class Mailbox:
 
     async def request_stop(self) -> None:
         """The driver was asked to end the run in an orderly way."""
-        self._stop.set()
+        self._is_stopping = True
+        self._give(Order.STOP)
 
-    async def wait_for_stop(self) -> bool:
-        """Wait until a stop is requested."""
-        await self._stop.wait()
-        return True
+    async def request_leave(self) -> None:
+        """The present group shall leave."""
+        self._give(Order.LEAVE)
 
-    async def open_rendezvous(self, host: str, port: int) -> None:
-        """Rank 0 says where its TCP store listens."""
-        self._address = (host, port)
-        self._rendezvous.set()
+    async def wait_for_order(self, group: int) -> Order:
+        """Wait until a group gets an order, and return it."""
+        if group != self._group.number:
+            return Order.LEAVE
+        waiting = self._group
+        await waiting.ordered.wait()
+        assert waiting.order is not None
+        return waiting.order
 
-    async def rendezvous(self) -> tuple[str, int]:
-        """Wait until rank 0's TCP store listens, and return its host and port."""
-        await self._rendezvous.wait()
-        return self._address
+    async def open_rendezvous(self, group: int, host: str, port: int) -> None:
+        """A group's rank 0 says where its TCP store listens."""
+        if group == self._group.number:
+            self._group.address = (host, port)
+            self._group.found.set()
+
+    async def rendezvous(self, group: int) -> tuple[str, int]:
+        """Wait until a group's TCP store listens, and return its host and port."""
+        waiting = self._group
+        if group != waiting.number:
+            raise LookupError(f"the group {group} of workers was replaced by group {waiting.number}")
+        await waiting.found.wait()
+        return waiting.address
+
+    def _give(self, order: Order) -> None:
+        if self._group.order is None:
+            self._group.order = order
+            self._group.ordered.set()
 
 
 def start_mailbox() -> Any:
@@ -72,20 +168,54 @@ def start_mailbox() -> Any:
     return ray.remote(Mailbox).options(num_cpus=0, label_selector=here).remote()
 
 
-class StopFlag:
-    """A worker's view of `wait_for_stop`: one call is always under way, so asking costs no message."""
+class Post:
+    """Sends events to the driver without waiting, from any thread; they arrive in order."""
 
-    def __init__(self, mailbox: Any):
-        self._answer = mailbox.wait_for_stop.remote()
-        self._stop = False
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._sender, self._num_sent = uuid4().hex, 0
+        self._lock = threading.Lock()
 
-    def poll(self) -> bool:
-        """Whether a stop is requested; does not wait."""
-        if not self._stop and self._answer is not None:
+    def __reduce__(self) -> tuple[type[Post], tuple[Any]]:
+        return Post, (self._mailbox,)
+
+    def send(self, event: str) -> None:
+        """Send an event, as JSON text."""
+        with self._lock:
+            self._mailbox.put.remote(self._sender, self._num_sent, event)
+            self._num_sent += 1
+
+    def tell(self, text: str) -> None:
+        """Send a message for a person."""
+        self.send(json.dumps({"kind": "message", "text": text, "keep": True}))
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until everything that was sent has arrived."""
+        ray.get(self._mailbox.flush.remote(self._sender, self._num_sent), timeout=timeout_s)
+
+
+class Orders:
+    """A worker's view of `wait_for_order`: one call is always under way, so asking costs no message."""
+
+    def __init__(self, mailbox: Any, group: int):
+        self._answer = mailbox.wait_for_order.remote(group)
+        self._order: Order | None = None
+
+    def poll(self) -> Order | None:
+        """The order that was given, if there is one; does not wait."""
+        if self._order is None and self._answer is not None:
             ready, _ = ray.wait([self._answer], timeout=0)
             if ready:
                 try:
-                    self._stop = bool(ray.get(self._answer))
+                    self._order = ray.get(self._answer)
                 except RayError:  # the driver is gone, and Ray is about to end this process
                     self._answer = None
-        return self._stop
+        return self._order
+
+    def must_stop(self) -> bool:
+        """Whether the run is to end in an orderly way."""
+        return self.poll() is Order.STOP
+
+    def must_leave(self) -> bool:
+        """Whether this group of workers is to leave."""
+        return self.poll() is Order.LEAVE

@@ -16,13 +16,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from cluster.coordination import CoordinatorSpec
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
+from cluster.ray_restarts import Restarts
+from cluster.ray_scaling import GroupSizing
 from cluster.ray_worker import RayTask, WorkerBackendConfig
+from cluster.worker_range import WorkerRange
 
 POLL_INTERVAL_S = 0.2
 MAILBOX_TIMEOUT_S = 60.0
@@ -51,25 +54,23 @@ class RayRun:
         thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         thread.start()
         try:
-            failures = self._watch(thread)
-            if failures or self._error:
-                raise self._cause(failures)
+            self._watch(thread)
+            if self._error is not None:
+                raise self._cause(ray.get(self._mailbox.failures.remote(), timeout=MAILBOX_TIMEOUT_S))
             return self._result
         finally:
             self._end(thread)
 
-    def _watch(self, thread: threading.Thread) -> list[Failure]:
-        """Pass events and the wish to stop on until the end or a failure's cause is known; all failures so far."""
+    def _watch(self, thread: threading.Thread) -> None:
+        """Pass events and the wish to stop on until the end."""
         stop_sent = False
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
-            failures = self._take()
-            if any(not failure.is_echo() for failure in failures):
-                return failures  # Ray Train would find out later
+            self._take()
             if self._interrupts.requested and not stop_sent:
                 stop_sent = True
                 self._mailbox.request_stop.remote()
-        return self._take()
+        self._take()
 
     def _end(self, thread: threading.Thread) -> None:
         """End what still runs, first of all the thread: Ray ends a process in which one uses it after its shutdown."""
@@ -87,12 +88,10 @@ class RayRun:
         except Exception as error:
             self._error = error
 
-    def _take(self) -> list[Failure]:
-        events, failures = ray.get(self._mailbox.take.remote(), timeout=MAILBOX_TIMEOUT_S)
-        for event in events:
+    def _take(self) -> None:
+        for event in ray.get(self._mailbox.take.remote(), timeout=MAILBOX_TIMEOUT_S):
             if self._on_event is not None:
                 self._on_event(json.loads(event))
-        return failures
 
     def _cause(self, failures: list[Failure]) -> BaseException:
         """What to raise: a worker's own exception, else a worker's death, else what Ray Train says."""
@@ -120,41 +119,43 @@ class _TellController(ControllerCallback):
         self._mailbox.controller_started.remote(ray.get_runtime_context().current_actor)
 
 
-class _PrivateTrainer(DataParallelTrainer):
-    """Ray Train less two actors that only an autoscaling, shared cluster needs; each costs seconds to start."""
+class _Trainer(DataParallelTrainer):
+    """Ray Train with policies of our own, and on a private Ray without what only a shared cluster needs."""
+
+    def __init__(self, *args: Any, sizing: GroupSizing, restarts: Restarts, is_private: bool, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._sizing, self._restarts, self._is_private = sizing, restarts, is_private
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        kwargs["scaling_policy"] = _NoRequests(self.scaling_config)
-        kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
+        kwargs |= {"scaling_policy": self._sizing, "failure_policy": self._restarts}
+        if self._is_private:  # an actor that costs seconds to start
+            kwargs["callbacks"] = [c for c in kwargs["callbacks"] if not isinstance(c, PlacementGroupCleanerCallback)]
         return super()._initialize_and_run_controller(**kwargs)
-
-
-class _NoRequests(FixedScalingPolicy):
-    """The fixed number of workers, without asking an autoscaler for machines."""
-
-    def after_controller_start(self, train_run_context: Any) -> None: ...
-
-    def _maybe_send_resource_request(self) -> None: ...
 
 
 def start_run(
     task: RayTask,
-    num_workers: int,
+    workers: WorkerRange,
     is_private: bool,
     interrupts: Interrupts,
     on_event: Callable[[dict[str, Any]], None] | None,
+    coordinator: CoordinatorSpec | None,
 ) -> Any:
-    """Run `task` on `num_workers` Ray Train workers and return rank 0's result; see `run_on_ray`."""
-    trainer_class = _PrivateTrainer if is_private else DataParallelTrainer
+    """Run `task` on Ray Train workers and return rank 0's result; see `run_on_ray`."""
+    scaling = ScalingConfig(num_workers=workers.most, use_gpu=task.use_gpu)
+    failure = FailureConfig(max_failures=0)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
-        trainer = trainer_class(
+        trainer = _Trainer(
             task.run,
             backend_config=WorkerBackendConfig(),
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=task.use_gpu),
+            scaling_config=scaling,
             run_config=RunConfig(
                 storage_path=folder,
-                failure_config=FailureConfig(max_failures=0),
+                failure_config=failure,
                 callbacks=[_TellController(task.mailbox)],  # pyright: ignore[reportArgumentType] - too narrow
             ),
+            sizing=GroupSizing(scaling, workers, task.mailbox, asks_for_machines=not is_private),
+            restarts=Restarts(failure, task.mailbox, coordinator),
+            is_private=is_private,
         )
         return RayRun(trainer, task.mailbox, interrupts, on_event).finish()

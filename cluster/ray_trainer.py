@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.cloudpickle import cloudpickle
 
 from cluster.coordination import CoordinatorSpec
@@ -14,13 +15,14 @@ from cluster.interrupts import Interrupts
 from cluster.ray_coordinator import close_coordinator, start_coordinator
 from cluster.ray_mailbox import start_mailbox
 from cluster.ray_session import RayClusterError, ray_session
+from cluster.worker_range import WorkerRange
 
 __all__ = ["RayClusterError", "run_on_ray"]
 
 
 def run_on_ray(
     fn: Callable[..., Any],
-    num_workers: int,
+    num_workers: int | WorkerRange,
     *args: Any,
     address: str | None = None,
     use_gpu: bool | None = None,
@@ -28,21 +30,29 @@ def run_on_ray(
     threads_per_worker: int | None = None,
     quiet: bool = True,
     coordinator: CoordinatorSpec | None = None,
+    preload: Sequence[str] = (),
 ) -> Any:
-    """Run `fn(worker, *args)` on `num_workers` Ray Train workers and return rank 0's result.
+    """Run `fn(worker, *args)` on Ray Train workers and return rank 0's result.
+
+    With a coordinator, workers that die or lose each other are followed by others, which call `fn` again; so are those
+    that leave (`Worker.leave_requested`), because a machine is about to be taken away or there is room for more. What
+    `fn` itself raises ends the run.
 
     Args:
         fn: a function that the workers can import, or one of the main script; its result is plain data.
+        num_workers: a number, or from how many to how many there may be (with a coordinator).
         address: host:port of a running cluster, or "auto". None: the cluster that RAY_ADDRESS names (so inside
             `ray job submit`), else a private Ray on this machine that ends with the call.
-        use_gpu: a GPU for each worker; None: if Ray has enough of them now.
+        use_gpu: a GPU for each worker; None: if Ray has enough of them, or its autoscaler may start enough.
         on_event: called here, a fraction of a second late, with what rank 0 gives to `Worker.emit`.
         threads_per_worker: default: the worker machine's usable cores, divided among its workers.
         quiet: print nothing of Ray's.
         coordinator: of the checkpoints of a run: an actor beside the driver for the time of the call, which Ray starts
             again if it dies. Workers call it through `Worker.coordinator`.
+        preload: modules that the workers would import anyway: on a cluster, with a coordinator, each has a spare
+            process on its machine that imported them, so that the next worker there begins in a moment.
 
-    Ctrl-C as in `cluster.worker.run_local`: the first asks the workers to return, the second ends them.
+    Ctrl-C and SIGTERM as in `cluster.worker.run_local`: the first asks the workers to return, the second ends them.
 
     Raises:
         ValueError: `num_workers` is not positive.
@@ -50,21 +60,39 @@ def run_on_ray(
         WorkerDied: a worker process or its machine is gone.
         Exception: whatever a worker raised, with the rank as a note.
     """
-    if num_workers < 1:
+    if isinstance(num_workers, int) and num_workers < 1:
         raise ValueError(f"num_workers is {num_workers}; give 1 or more, or use run_local to run without Ray")
-    with Interrupts() as interrupts, ray_session(address, num_workers, quiet) as is_private:
+    workers = WorkerRange(least=num_workers, most=num_workers) if isinstance(num_workers, int) else num_workers
+    if coordinator is None and workers.least != workers.most:
+        raise ValueError("workers: found a range, but no coordinator of checkpoints from which other workers go on")
+    with Interrupts() as interrupts, ray_session(address, workers.most, quiet) as is_private:
+        interrupts.take_over()
         mailbox = start_mailbox()
         # Only now: Ray Train takes seconds to import, and Ray's processes start meanwhile.
         from cluster.ray_run import start_run
         from cluster.ray_worker import RayTask
 
         if use_gpu is None:
-            use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
+            use_gpu = _most_gpus() >= workers.least
         import_path = tuple(sys.path) if is_private else ()
         actor = start_coordinator(coordinator) if coordinator else None
-        task = RayTask(cloudpickle.dumps((fn, args)), mailbox, threads_per_worker, use_gpu, actor, import_path)
+        task = RayTask(
+            call=cloudpickle.dumps((fn, args)),
+            mailbox=mailbox,
+            threads_per_worker=threads_per_worker,
+            use_gpu=use_gpu,
+            coordinator=actor,
+            import_path=import_path,
+            preload=tuple(preload) if actor is not None and not is_private else (),
+        )
         try:
-            return start_run(task, num_workers, is_private, interrupts, on_event)
+            return start_run(task, workers, is_private, interrupts, on_event, coordinator)
         finally:
             if actor is not None:
                 close_coordinator(actor)
+
+
+def _most_gpus() -> float:
+    """Return the GPUs that the cluster has, or that its autoscaler may give it."""
+    allowed = state.get_max_resources_from_cluster_config() or {}
+    return max(ray.cluster_resources().get("GPU", 0), allowed.get("GPU", 0) or 0)

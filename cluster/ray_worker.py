@@ -19,8 +19,9 @@ from ray.train.backend import Backend, BackendConfig
 from cluster.failures import describe
 from cluster.process_group import COLLECTIVE_TIMEOUT_S, close_groups, open_groups, thread_environment
 from cluster.ray_coordinator import RayCoordination
-from cluster.ray_mailbox import StopFlag
-from cluster.worker import Worker, threads_for
+from cluster.ray_mailbox import Orders, Post
+from cluster.ray_spares import start_spare_later
+from cluster.worker import Cause, Worker, threads_for
 
 if TYPE_CHECKING:
     import torch
@@ -43,20 +44,25 @@ class RayTask:
     """The handle of the coordinator's actor, where the driver started one."""
     import_path: tuple[str, ...] = ()
     """The driver's sys.path where it holds for the workers, too: on a private Ray."""
+    preload: tuple[str, ...] = ()
+    """Modules that spare processes import; none: there are no spares."""
 
     def run(self) -> Any:
         """Run this worker's rank. Ray Train calls it in a thread of the worker's process, so no signals here."""
         context = ray.train.get_context()
         rank, world_size = context.get_world_rank(), context.get_world_size()
+        group, cause = ray.get(self.mailbox.group.remote(), timeout=SEND_TIMEOUT_S)
         try:
-            return self._run(rank, world_size, context.get_local_rank(), context.get_local_world_size())
+            return self._run(
+                rank, world_size, context.get_local_rank(), context.get_local_world_size(), group, Cause(**cause)
+            )
         except BaseException as error:
             failure = describe(error, rank, world_size)
-            ray.get(self.mailbox.fail.remote(failure), timeout=SEND_TIMEOUT_S)
+            ray.get(self.mailbox.fail.remote(group, failure), timeout=SEND_TIMEOUT_S)
             # Ray Train has to see an error, too, but it need not carry this one, which may not be picklable.
             raise RuntimeError(f"rank {rank}: {failure.summary}") from None
 
-    def _run(self, rank: int, world_size: int, local_rank: int, local_world_size: int) -> Any:
+    def _run(self, rank: int, world_size: int, local_rank: int, local_world_size: int, group: int, cause: Cause) -> Any:
         num_threads = threads_for(local_world_size, self.threads_per_worker)
         os.environ.update(thread_environment(num_threads))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_of(ray.util.get_node_ip_address()))
@@ -64,26 +70,30 @@ class RayTask:
 
         torch.set_num_threads(num_threads)
         device = _device(self.use_gpu)
-        store = _open_store(rank, world_size, self.mailbox) if world_size > 1 else None
+        store = _open_store(rank, world_size, group, self.mailbox) if world_size > 1 else None
         control_group = open_groups(rank, world_size, device, store=store)
+        orders, post = Orders(self.mailbox, group), Post(self.mailbox)
         worker = Worker(
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
             device=device,
             num_threads=num_threads,
-            send_event=self.mailbox.put.remote,
-            poll_stop=StopFlag(self.mailbox).poll,
+            send_event=post.send,
+            poll_stop=orders.must_stop,
+            poll_leave=orders.must_leave,
             control_group=control_group,
             coordinator=RayCoordination(self.coordinator) if self.coordinator is not None else None,
+            cause=cause,
         )
         sys.path.extend(folder for folder in self.import_path if folder not in sys.path)
+        if self.preload:
+            start_spare_later(self.preload, thread_environment(num_threads), self.import_path)
         fn, args = cloudpickle.loads(self.call)
         result = fn(worker, *args)
         if control_group is not None:
             close_groups()
-        # Events travel in order: when this answer is here, the driver can have all of them.
-        ray.get(self.mailbox.flush.remote(), timeout=SEND_TIMEOUT_S)
+        post.flush(SEND_TIMEOUT_S)
         return result if rank == 0 else None
 
 
@@ -129,7 +139,7 @@ def _device(use_gpu: bool) -> torch.device:
     return device
 
 
-def _open_store(rank: int, world_size: int, mailbox: Any) -> Store:
+def _open_store(rank: int, world_size: int, group: int, mailbox: Any) -> Store:
     """The key-value store through which the ranks find each other; rank 0 listens on a port that the system picks."""
     from torch._C._distributed_c10d import TCPStore  # exported by torch.distributed, but not for type checkers
 
@@ -137,7 +147,7 @@ def _open_store(rank: int, world_size: int, mailbox: Any) -> Store:
     if rank == 0:
         host = ray.util.get_node_ip_address()
         store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
-        ray.get(mailbox.open_rendezvous.remote(host, store.port), timeout=SEND_TIMEOUT_S)
+        ray.get(mailbox.open_rendezvous.remote(group, host, store.port), timeout=SEND_TIMEOUT_S)
         return store
-    host, port = ray.get(mailbox.rendezvous.remote(), timeout=RENDEZVOUS_TIMEOUT_S)
+    host, port = ray.get(mailbox.rendezvous.remote(group), timeout=RENDEZVOUS_TIMEOUT_S)
     return TCPStore(host, port, world_size, is_master=False, wait_for_workers=False, timeout=timeout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.coordination import Coordination, CoordinatorSpec
-from cluster.failures import WorkerDied, WorkerError
+from cluster.failures import Preempted, WorkerDied, WorkerError
 from cluster.interrupts import Interrupts
 from cluster.local_processes import run_processes
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-__all__ = ["Cause", "Worker", "WorkerDied", "WorkerError", "run_local", "threads_for"]
+__all__ = ["Cause", "Preempted", "Worker", "WorkerDied", "WorkerError", "run_local", "threads_for"]
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -38,7 +38,7 @@ class Cause:
     """"start": by a command; "failure": workers or their machine died; "drain": a machine of theirs is about to be
     taken away; "resize": there is room for more or fewer of them."""
     text: str = "started"
-    """For a person: who or what, and how many workers there are now."""
+    """For a person: who or what."""
     since: float | None = None
     """When the group before was seen to end, in seconds since 1970 by the driver's clock; None if there was none."""
 
@@ -64,6 +64,8 @@ class Worker:
     """Takes an event, as JSON text, to the driver without waiting."""
     poll_stop: Callable[[], bool] = field(default=_never, repr=False)
     """Says without waiting whether the driver was asked to stop."""
+    poll_leave: Callable[[], bool] = field(default=_never, repr=False)
+    """Says without waiting whether this group of workers is to leave."""
     control_group: dist.ProcessGroup | None = field(default=None, repr=False)
     """A gloo group for `all_gather_object` alone; None if `world_size` is 1."""
     coordinator: Coordination | None = field(default=None, repr=False)
@@ -85,6 +87,13 @@ class Worker:
     def stop_requested(self) -> bool:
         """Whether the driver got Ctrl-C. Does not wait; ranks can differ for a moment, so rank 0's answer counts."""
         return self.poll_stop()
+
+    def leave_requested(self) -> bool:
+        """Whether another group of workers is to go on: all ranks save together and raise `Preempted`.
+
+        As with `stop_requested`, rank 0's answer counts.
+        """
+        return self.poll_leave()
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """Every rank's `obj`, by rank. Collective; small JSON-able objects (tuples come back as lists).
@@ -140,8 +149,8 @@ def run_local(
         coordinator: of the checkpoints of a run: it is started for the time of the call, in a process of its own where
             there are worker processes, and again if it dies. Workers call it through `Worker.coordinator`.
 
-    Ctrl-C (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can save its work and
-    return; the second ends the workers at once with KeyboardInterrupt.
+    Ctrl-C and SIGTERM (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can save its
+    work and return; the second ends the workers at once with KeyboardInterrupt.
 
     Raises:
         ValueError: `num_workers` is negative, or `fn` or an argument cannot be pickled.

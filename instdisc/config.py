@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataloading.augment import AugmentConfig
+from instdisc.config_elastic import ElasticConfig
 from instdisc.config_sections import (
     BankConfig,
     CheckpointConfig,
@@ -43,6 +44,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
 
     def __post_init__(self) -> None:
@@ -98,10 +100,12 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "bank.mapped_dir",
         "bank.fetch_ahead",
         "objective.score_mib",
-        *(f"{section}.{f.name}" for section, kind in (("eval", EvalConfig), ("checkpoint", CheckpointConfig),
-                                                      ("system", SystemConfig)) for f in dataclasses.fields(kind)),
+        *(f"eval.{f.name}" for f in dataclasses.fields(EvalConfig)),
+        *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
+        *(f"elastic.{f.name}" for f in dataclasses.fields(ElasticConfig)),
+        *(f"system.{f.name}" for f in dataclasses.fields(SystemConfig)),
     }
-) - {"system.precision"}  # fmt: skip
+) - {"system.precision"}
 
 
 def lasting_digest(config: TrainConfig) -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.config import TrainConfig, flatten
 from instdisc.config_sections import ConfigError
 from instdisc.runs import Run, RunResult, read_curves
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from cluster.worker import Worker
 
 LAUNCHERS = ("ray", "local")
+PRELOAD = ("instdisc.train.loop",)
+"""What every worker imports."""
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -22,7 +25,7 @@ def fit(
     config: TrainConfig,
     *,
     run: str,
-    workers: int = 0,
+    workers: int | str | tuple[int, int] = 0,
     launcher: str = "ray",
     address: str | None = None,
     on_event: OnEvent | None = None,
@@ -30,7 +33,9 @@ def fit(
     """Train until the end, and return what came out; go on where the run at URI `run` stood, if it stood anywhere.
 
     workers: 0 trains in this process; W >= 1 trains with W DDP workers, which `launcher` runs: "ray" (a Ray of our own
-    on this machine, or the cluster at `address`) or "local" (plain processes). on_event: called with what happens.
+    on this machine, or the cluster at `address`) or "local" (plain processes). "2..16" or (2, 16) on a cluster: as many
+    as there is room for, more or fewer as machines come and go. Under Ray, workers that die are followed by others.
+    on_event: called with what happens.
     A finished run returns at once. Ctrl-C saves a checkpoint and returns a result whose `finished` is False.
 
     Raises ConfigError where the run was started with another configuration, RunError on other images, and ValueError
@@ -44,9 +49,10 @@ def fit(
             "fit was called while a worker process imports this script: put the script's own calls below "
             "`if __name__ == '__main__':`"
         )
-    if workers < 0:
-        raise ConfigError(f"workers: found {workers}, expected 0 (this process) or more")
-    if run.startswith("memory://") and workers > 0:
+    least, most = _least_and_most(workers)
+    if least != most and launcher != "ray":
+        raise ConfigError(f"workers: found {least}..{most} with launcher {launcher!r}, expected one number, or Ray")
+    if run.startswith("memory://") and most > 0:
         raise ConfigError(f"run {run}: found memory that ends with each process, expected a folder or a remote URI")
     place = Run(absolute(run))
     if config.data.root is not None:
@@ -60,8 +66,8 @@ def fit(
 
         # Here, not after half a minute of start-up.
         require_root(config.data.kind, config.data.root, download=config.data.download)
-    config = place.agree_on_config(config, workers=workers)
-    outcome = _launch(config, place.uri, workers, launcher, address, on_event)
+    config = place.agree_on_config(config, workers=most)
+    outcome = _launch(config, place.uri, (least, most), launcher, address, on_event)
     finished = place.result()
     if finished is not None:
         return finished
@@ -79,30 +85,61 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
 
 
 def _launch(
-    config: TrainConfig, uri: str, workers: int, launcher: str, address: str | None, on_event: OnEvent | None
+    config: TrainConfig,
+    uri: str,
+    workers: tuple[int, int],
+    launcher: str,
+    address: str | None,
+    on_event: OnEvent | None,
 ) -> dict[str, Any]:
+    least, most = workers
     if on_event:
-        on_event({"kind": "phase", "text": _starting(workers, launcher, address)})
+        on_event({"kind": "phase", "text": _starting(least, most, launcher, address)})
     coordinator = Run(uri).coordinator(config)
-    if workers == 0 or launcher == "local":
+    if most == 0 or launcher == "local":
         from cluster.worker import run_local
 
-        preload = ("instdisc.train.loop",)
         return run_local(
-            train_worker, workers, config.to_json(), uri, on_event=on_event, preload=preload, coordinator=coordinator
+            train_worker, most, config.to_json(), uri, on_event=on_event, preload=PRELOAD, coordinator=coordinator
         )[0]
     from cluster.ray_trainer import run_on_ray
 
+    elastic = config.elastic
     return run_on_ray(
-        train_worker, workers, config.to_json(), uri, address=address, on_event=on_event, coordinator=coordinator
+        train_worker,
+        WorkerRange(
+            least=least,
+            most=most,
+            start_settle_s=elastic.start_settle_s,
+            grow_settle_s=elastic.grow_settle_s,
+            resize_interval_s=elastic.resize_interval_s,
+            silence_s=elastic.silence_s,
+        ),
+        config.to_json(),
+        uri,
+        address=address,
+        on_event=on_event,
+        coordinator=coordinator,
+        preload=PRELOAD,
     )
 
 
-def _starting(workers: int, launcher: str, address: str | None) -> str:
-    if workers == 0:
+def _least_and_most(workers: int | str | tuple[int, int]) -> tuple[int, int]:
+    try:
+        least, most = workers if isinstance(workers, tuple) else parse_workers(str(workers))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not (0 < least <= most or least == most == 0):
+        raise ConfigError(f"workers: found {workers}, expected 0 (this process), a number, or MIN..MAX")
+    return least, most
+
+
+def _starting(least: int, most: int, launcher: str, address: str | None) -> str:
+    if most == 0:
         return "starting in this process"
     if launcher == "local":
-        return f"starting {workers} worker processes"
+        return f"starting {most} worker processes"
+    workers = str(most) if least == most else f"{least} to {most}"
     place = address or os.environ.get("RAY_ADDRESS")
     return f"starting {workers} workers on " + (f"the Ray cluster at {place}" if place else "a Ray of our own here")
 

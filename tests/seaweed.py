@@ -23,11 +23,11 @@ _READY_S = 60.0
 class Seaweed:
     """A server that keeps its objects below a folder; it can be killed and started again.
 
-    max_volumes: files of 256 MiB that it may make for them.
+    max_volumes: files of 256 MiB that it may make for them. address: of this machine, where it listens.
     """
 
-    def __init__(self, folder: Path, max_volumes: int = 20) -> None:
-        self.folder, self.max_volumes = folder, max_volumes
+    def __init__(self, folder: Path, max_volumes: int = 20, address: str = "127.0.0.1") -> None:
+        self.folder, self.max_volumes, self.address = folder, max_volumes, address
         self.ports = free_ports(5)
         self.process: subprocess.Popen[bytes] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class Seaweed:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}"
+        return f"http://{self.address}:{self.ports[0]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -59,8 +59,8 @@ class Seaweed:
         with open(self.folder / "weed.log", "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *(weed_binary(), "-logtostderr", "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
-                    *("-ip.bind=127.0.0.1", f"-master.port={master}", f"-volume.port={volume}", "-filer"),
+                    *(weed_binary(), "-logtostderr", "server", f"-dir={self.folder}", f"-ip={self.address}"),
+                    *(f"-ip.bind={self.address}", f"-master.port={master}", f"-volume.port={volume}", "-filer"),
                     *(f"-filer.port={filer}", "-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json"),
                     *(
                         f"-volume.max={self.max_volumes}",

@@ -29,7 +29,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("recipe", nargs="?", default="quickstart", help="what to train (default: quickstart)")
     parser.add_argument("--run", metavar="URI", dest="uri", help="folder or URI of the run (default: runs/RECIPE)")
     parser.add_argument(
-        "--workers", type=int, default=DEFAULT_WORKERS, help="DDP workers; 0 trains in this process (default: 2)"
+        "--workers",
+        default=str(DEFAULT_WORKERS),
+        metavar="W|MIN..MAX",
+        help="DDP workers; 0 trains in this process; 2..16: as many as the cluster has room for (default: 2)",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="ray", help="what runs the workers (default: ray)")
     parser.add_argument("--address", help="address of a Ray cluster (default: a Ray of our own on this machine)")

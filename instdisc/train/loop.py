@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.phase import Phase, enter
-from cluster.worker import Worker
+from cluster.worker import Preempted, Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
 from dataloading.order import make_order
@@ -34,7 +34,8 @@ LOOK_S = 5.0
 def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     """Train this rank's part of the run at `uri` until its end or until it is asked to stop; continue where it stood.
 
-    Returns {"finished", "step", "num_steps", "metrics"}, the same on every rank. Collective.
+    Returns {"finished", "step", "num_steps", "metrics"}, the same on every rank; raises Preempted on every rank where
+    other workers are to go on. Collective.
     """
     config = TrainConfig.from_json(config_json)
     run = Run(uri)
@@ -159,6 +160,7 @@ class Training:
             # Clocks and signals differ between ranks: those of rank 0 count.
             "steps_to_next_look": self.monitor.steps_in(LOOK_S, step),
             "stop": self.worker.stop_requested(),
+            "leave": self.worker.leave_requested(),
             "saves": self.saves.look(step),
         }
         self._told_bad += len(read["bad_rows"])
@@ -175,10 +177,12 @@ class Training:
         if self._evaluation_due():
             self._evaluate()
             self.saves.pause()
-        stop = by_rank[0]["stop"] and step < self.num_steps
-        if stop:
+        stop, leave = (by_rank[0][wish] and step < self.num_steps for wish in ("stop", "leave"))
+        if stop or leave:
             self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
             self._save_now()
+            if not stop:
+                raise Preempted(step)
         elif step < self.num_steps:
             self.monitor.saved(self.saves.save_if_due(self.state, [read["saves"] for read in by_rank]))
         return stop

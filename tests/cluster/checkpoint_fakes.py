@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from intercepted_store import InterceptedStore
+
 from cluster.coordination import answered, packed, unpacked
 from cluster.coordinator import Coordinator
 from cluster.retention import Retention
@@ -98,7 +100,7 @@ class Killed(BaseException):
     """The process ends here; not an Exception, so that nothing can handle it."""
 
 
-class FaultyStore(Store):
+class FaultyStore(InterceptedStore):
     """A store whose process is killed right before operation number `kill_at`, and so right after the one before.
 
     With an `error`, that operation raises it instead and the later ones work. `log` has every operation.
@@ -110,7 +112,7 @@ class FaultyStore(Store):
         self.log: list[tuple[str, str]] = []
         self._lock = threading.Lock()
 
-    def _do(self, name: str, key: str, *args: Any) -> Any:
+    def intercept(self, name: str, key: str, *args: Any) -> Any:
         with self._lock:
             number = len(self.log)
             self.log.append((name, key))
@@ -119,31 +121,7 @@ class FaultyStore(Store):
                 raise Killed
             if number == self.kill_at:
                 raise self.error
-        return getattr(Store, name)(self, key, *args)
-
-    def put(self, key, *parts):
-        self._do("put", key, *parts)
-
-    def create(self, key, data):
-        return self._do("create", key, data)
-
-    def get(self, key, start=None, stop=None):
-        return self._do("get", key, start, stop)
-
-    def read_into(self, key, target, start, seen):
-        return self._do("read_into", key, target, start, seen)
-
-    def list(self, prefix=""):
-        return self._do("list", prefix)
-
-    def delete(self, key):
-        self._do("delete", key)
-
-    def size(self, key):
-        return self._do("size", key)
-
-    def remove_leftovers(self, folder):
-        self._do("remove_leftovers", folder)
+        return self.do(name, key, *args)
 
 
 class SlowStore(Store):

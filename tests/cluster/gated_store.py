@@ -13,8 +13,9 @@ from enum import Enum
 from typing import Any
 
 from checkpoint_fakes import Killed
+from intercepted_store import InterceptedStore
 
-from cluster.store import Store, StoreError
+from cluster.store import StoreError
 
 TIMEOUT_S = 30
 _this_thread = threading.local()
@@ -34,7 +35,7 @@ class Fate(Enum):
 KILLS = (Fate.KILLED_BEFORE, Fate.KILLED_AFTER)
 
 
-class GatedStore(Store):
+class GatedStore(InterceptedStore):
     """A store whose operations, in the thread of a `Call`, wait for its `step`. Others pass.
 
     observe: told (name, key, data) right before an operation that changes something is applied.
@@ -44,38 +45,14 @@ class GatedStore(Store):
         super().__init__(uri)
         self._observe = observe
 
-    def _do(self, name: str, key: str, *args: Any) -> Any:
+    def intercept(self, name: str, key: str, *args: Any) -> Any:
         def apply() -> Any:
             if self._observe is not None and name in ("put", "create", "delete"):
                 self._observe(name, key, b"".join(args))
-            return getattr(Store, name)(self, key, *args)
+            return self.do(name, key, *args)
 
         call: Call | None = getattr(_this_thread, "call", None)
         return apply() if call is None else call.pass_gate((name, key), apply)
-
-    def put(self, key, *parts):
-        self._do("put", key, *parts)
-
-    def create(self, key, data):
-        return self._do("create", key, data)
-
-    def get(self, key, start=None, stop=None):
-        return self._do("get", key, start, stop)
-
-    def read_into(self, key, target, start, seen):
-        return self._do("read_into", key, target, start, seen)
-
-    def list(self, prefix=""):
-        return self._do("list", prefix)
-
-    def delete(self, key):
-        self._do("delete", key)
-
-    def size(self, key):
-        return self._do("size", key)
-
-    def remove_leftovers(self, folder):
-        self._do("remove_leftovers", folder)
 
 
 class Call:

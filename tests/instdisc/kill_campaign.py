@@ -109,6 +109,7 @@ class Campaign:
         self.faults = faults
         self.endpoint = ""
         self.num_looks = self.num_runs = self.num_server_kills = 0
+        self._workers_before: set[int] = set()
 
     def run(self, num_kills: int, server_kills: bool) -> None:
         """Go on until there are so many kills (of this launcher), and the run that was hit last has ended well."""
@@ -185,7 +186,7 @@ class Campaign:
                 code = driver.wait(600)
                 assert code == 0, (self.folder / "driver.log").read_text()[-3000:]
                 return
-            while (killed := self._kill_somebody(driver, phases)) is not None and killed[1] == "coordinator":
+            while (killed := self._kill_somebody(driver, phases)) is not None and self._goes_on_without(killed[1]):
                 self._take_down(uri, number, killed, driver, phases)
                 if self._num_kills() >= num_kills:
                     killed = None
@@ -226,13 +227,18 @@ class Campaign:
         seen = [found for pid in ([watched] if who == "worker" else workers) if (found := read_phase(phases, pid))]
         phase = max(seen, key=lambda found: list(Phase).index(found[0]))[0]
         step = max(found[1] for found in seen)
-        if who != "coordinator":
+        self._workers_before = set(workers)
+        if not self._goes_on_without(who):
             driver.wait(END_TIMEOUT_S)
             _, alive = psutil.wait_procs(family, timeout=30)
             # Ray's own agents take longer to see that their node is gone; they hold nothing of the run.
             alive = [process for process in alive if not process.name().startswith(RAY_AGENTS)]
             assert not alive, f"left behind: {alive}"
         return before_s, who, aimed, str(phase), step
+
+    def _goes_on_without(self, who: str) -> bool:
+        """Whether the driver starts again what was killed."""
+        return who == "coordinator" or (who == "worker" and self.launcher == "ray")
 
     def _wait_for_workers(self, driver: subprocess.Popen[bytes], phases: Path) -> bool:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -252,7 +258,9 @@ class Campaign:
         resumed, deadline = step, time.monotonic() + START_TIMEOUT_S
         while driver.poll() is None:
             assert time.monotonic() < deadline, "no step after a kill"
-            reached = max((found[1] for pid in _ranks(phases) if (found := read_phase(phases, pid))), default=-1)
+            old = self._workers_before if who == "worker" else set()
+            new = [pid for pid in _ranks(phases) if pid not in old]
+            reached = max((found[1] for pid in new if (found := read_phase(phases, pid))), default=-1)
             if who != "coordinator" and reached >= 0:
                 history = read_history(Store(f"{uri}/checkpoints"))
                 parent = history.attempts[max(history.attempts)].parent

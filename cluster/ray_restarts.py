@@ -1,0 +1,109 @@
+"""Whether a group of workers that ended is followed by another: Ray Train's controller asks, this decides.
+
+Machines and connections fail, and the next group goes on from the newest checkpoint. What the program itself raised
+would only be raised again. A run that fails again and again without a new checkpoint ends with the cause.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+from cluster.attempts import manifest_ids
+from cluster.coordination import CoordinatorSpec
+from cluster.failures import Failure, Preempted, root_cause
+from cluster.manifest import ManifestId
+from cluster.ray_mailbox import Post
+from cluster.store import Store, StoreError
+from cluster.worker import Cause
+
+MAILBOX_TIMEOUT_S = 30.0
+MOST_RESTARTS = 3
+"""In a row, without a new checkpoint, before the run ends."""
+
+
+class Restarts(FailurePolicy):
+    """Decides what follows the end of a group. Lives in Ray Train's controller.
+
+    coordinator: of the run's checkpoints; None where there are none, so that nothing could go on.
+    """
+
+    def __init__(self, failure_config: FailureConfig, mailbox: Any, coordinator: CoordinatorSpec | None) -> None:
+        super().__init__(failure_config)
+        self._mailbox, self._coordinator = mailbox, coordinator
+        self._post = Post(mailbox)
+        self._newest: ManifestId | None = None
+        self._num_failures = 0
+
+    def make_decision(self, training_failed_error: Any) -> FailureDecision:
+        """RETRY or RAISE."""
+        error = training_failed_error
+        if self._coordinator is None:
+            return FailureDecision.RAISE
+        if isinstance(error, ControllerError):
+            cause = error.controller_failure
+            if isinstance(cause, WorkerGroupStartupTimeoutError):
+                return FailureDecision.RETRY  # a machine that was counted is gone: count again
+            if not isinstance(cause, WorkerGroupStartupFailedError):
+                return FailureDecision.RAISE
+            return self._again(f"workers could not start: {_first_line(cause)}")
+        failures: list[Failure] = ray.get(self._mailbox.failures.remote(), timeout=MAILBOX_TIMEOUT_S)
+        if any(failure.kind == Preempted.__name__ for failure in failures):
+            return FailureDecision.RETRY
+        if failures and not (root_cause(failures).is_echo() or root_cause(failures).may_pass):
+            return FailureDecision.RAISE
+        return self._again(_what_happened(error, failures))
+
+    def _again(self, text: str) -> FailureDecision:
+        newest = self._newest_checkpoint()
+        self._num_failures = self._num_failures + 1 if newest == self._newest else 1
+        self._newest = newest
+        if self._num_failures > MOST_RESTARTS:
+            self._post.tell(f"giving up after {MOST_RESTARTS} restarts without a new checkpoint: {text}")
+            return FailureDecision.RAISE
+        cause = Cause(kind="failure", text=text, since=time.time())
+        ray.get(self._mailbox.announce.remote(asdict(cause)), timeout=MAILBOX_TIMEOUT_S)
+        text += ": going on from the newest checkpoint"
+        if self._num_failures > 1:
+            text += f" (restart {self._num_failures} of {MOST_RESTARTS} without a new one)"
+        self._post.tell(text)
+        return FailureDecision.RETRY
+
+    def _newest_checkpoint(self) -> ManifestId | None:
+        assert self._coordinator is not None
+        try:
+            return max(manifest_ids(Store(self._coordinator.uri)), default=None)
+        except StoreError:
+            return self._newest  # what cannot be read is no progress
+
+
+def _what_happened(error: Any, failures: list[Failure]) -> str:
+    """Return which rank ended and how, in a line: a death rather than what the others saw of it."""
+    if isinstance(error, PreemptionError):
+        return "a machine was taken away"
+    deaths = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    for rank, death in sorted(deaths.items()):
+        if isinstance(death, WorkerHealthCheckFailedError):
+            death = death.health_check_failure
+        if isinstance(death, RayError) and not any(failure.rank == rank for failure in failures):
+            return f"the worker of rank {rank} died"
+    if failures:
+        cause = root_cause(failures)
+        return f"rank {cause.rank}: {cause.summary.splitlines()[0]}"
+    return _first_line(error)
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

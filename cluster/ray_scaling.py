@@ -1,0 +1,187 @@
+"""How many workers run, and where: Ray Train's controller asks at each look; this decides.
+
+A group of workers has a fixed size. To change it, because a machine is about to be taken away or because there is room
+for more, the group is asked to leave: all ranks save after the same step and raise `Preempted`, and the next group is
+as large as the machines then there allow. A group with a machine that answers no more is replaced at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.scaling_policy import (
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+    ScalingPolicy,
+)
+from ray.train.v2.api.config import ScalingConfig
+
+from cluster.ray_machines import Machine, machines, room, silent
+from cluster.ray_mailbox import Post
+from cluster.worker import Cause
+from cluster.worker_range import WorkerRange
+
+MAILBOX_TIMEOUT_S = 30.0
+WAIT_S = 0.5
+"""Between two looks while there is no group."""
+TELL_S = 30.0
+RELEASE_S = 3.0
+"""After which a group that nobody saw running is taken to hold the room that is missing."""
+
+
+class GroupSizing(ScalingPolicy):
+    """Sizes groups of workers. Lives in Ray Train's controller.
+
+    asks_for_machines: whether to tell the cluster's autoscaler how much room `most` workers need.
+    """
+
+    def __init__(
+        self,
+        scaling_config: ScalingConfig,
+        workers: WorkerRange,
+        mailbox: Any,
+        *,
+        asks_for_machines: bool,
+        look: Callable[[], list[Machine]] = machines,
+        probe: Callable[[list[Machine]], set[str]] = silent,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(scaling_config)
+        self._workers, self._mailbox, self._asks = workers, mailbox, asks_for_machines
+        self._look, self._probe, self._clock, self._sleep = look, probe, clock, sleep
+        self._post = Post(mailbox)
+        self._own: Counter[str] = Counter()
+        self._shunned: list[str] = []
+        self._may_hold_room = self._was_started = self._is_leaving = False
+        self._best_room, self._best_since_s = 0, 0.0
+        self._ended_s: float | None = None
+        self._group_since_s = self._told_s = -float("inf")
+        self._silent_since_s: dict[str, float] = {}
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Start as many workers as fit, once there is room for the least number of them."""
+        self._ask_for_machines()
+        now_s = self._clock()
+        self._ended_s = now_s if self._ended_s is None else self._ended_s
+        found = self._look()
+        mute = self._probe(found)
+        num_workers = room(found, mute, self._need, self._own, self._workers.most)
+        if self._may_hold_room and num_workers < self._workers.least and now_s - self._ended_s > RELEASE_S:
+            # What the group before holds is only free when the next one is about to start.
+            return self._resize(self._workers.least, found, mute)
+        self._note_room(num_workers, now_s)
+        if num_workers < self._workers.least:
+            self._tell_of_waiting(num_workers, now_s)
+        elif (
+            self._was_started
+            or num_workers == self._workers.most
+            or self._has_settled(now_s, self._workers.start_settle_s)
+        ):
+            return self._resize(num_workers, found, mute)
+        self._sleep(WAIT_S)
+        return NoopDecision()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Ask the group to leave where a machine of it is about to go or where there is room for more workers."""
+        self._ask_for_machines()
+        now_s = self._clock()
+        if not self._own:
+            self._group_since_s = now_s
+        self._own = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        size = self._own.total()
+        found = self._look()
+        dead = self._dead(found, now_s)
+        if dead:
+            self._announce("failure", f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s")
+            return self._resize(room(found, dead, self._need, self._own, self._workers.most) or size, found, dead)
+        if self._is_leaving:
+            return NoopDecision()
+        leaving = {machine.id for machine in found if machine.leaves_at is not None and machine.id in self._own}
+        if leaving:
+            self._leave("drain", f"{self._named(found, leaving)} is about to be taken away")
+            return NoopDecision()
+        possible = room(found, self._silent_since_s.keys(), self._need, self._own, self._workers.most)
+        self._note_room(possible, now_s)
+        is_old = now_s - self._group_since_s >= self._workers.resize_interval_s
+        if possible > size and is_old and self._has_settled(now_s, self._workers.grow_settle_s):
+            self._leave("resize", f"there is room for {possible} workers instead of {size}")
+        return NoopDecision()
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        """Tell the mailbox of the group that is about to start; keep it off machines that do not answer."""
+        del scaling_config, num_workers
+        ray.get(self._mailbox.open_group.remote(), timeout=MAILBOX_TIMEOUT_S)
+        self._own.clear()
+        self._silent_since_s.clear()
+        self._may_hold_room = self._was_started = True
+        self._is_leaving, self._ended_s = False, None
+        return {"ray.io/node-id": f"!in({','.join(self._shunned)})"} if self._shunned else None
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Begin to ask for machines."""
+        if self._asks:
+            super().after_controller_start(train_run_context)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """A group that could not be started holds nothing."""
+        del previous_state
+        if isinstance(current_state, ReschedulingState):
+            self._may_hold_room = False
+
+    def _get_num_workers_for_resource_request(self) -> int:
+        return self._workers.most
+
+    def _ask_for_machines(self) -> None:
+        if self._asks:
+            self._maybe_send_resource_request()
+
+    @property
+    def _need(self) -> dict[str, float]:
+        return dict(self.scaling_config._resources_per_worker_not_none)  # pyright: ignore[reportReturnType]
+
+    def _resize(self, num_workers: int, found: list[Machine], mute: set[str]) -> ResizeDecision:
+        self._shunned = sorted(machine.id for machine in found if machine.id in mute or machine.leaves_at is not None)
+        return ResizeDecision(num_workers=num_workers, resources_per_worker=self._need)
+
+    def _note_room(self, num_workers: int, now_s: float) -> None:
+        if num_workers != self._best_room:
+            self._best_room, self._best_since_s = num_workers, now_s
+
+    def _has_settled(self, now_s: float, settle_s: float) -> bool:
+        return now_s - self._best_since_s >= settle_s
+
+    def _dead(self, found: list[Machine], now_s: float) -> set[str]:
+        """Return the machines of the group that have not answered for `silence_s`."""
+        own = [machine for machine in found if machine.id in self._own]
+        mute = self._probe(own)
+        self._silent_since_s = {id: self._silent_since_s.get(id, now_s) for id in mute}
+        return {id for id, since_s in self._silent_since_s.items() if now_s - since_s >= self._workers.silence_s}
+
+    def _leave(self, kind: str, text: str) -> None:
+        self._is_leaving = True
+        self._announce(kind, text)
+        self._mailbox.request_leave.remote()
+        self._post.tell(f"{text}: saving, then going on")
+
+    def _announce(self, kind: str, text: str) -> None:
+        cause = Cause(kind=kind, text=text, since=time.time())
+        ray.get(self._mailbox.announce.remote(asdict(cause)), timeout=MAILBOX_TIMEOUT_S)
+
+    def _tell_of_waiting(self, num_workers: int, now_s: float) -> None:
+        if now_s - self._told_s >= TELL_S:
+            self._told_s = now_s
+            self._post.tell(f"waiting for machines: room for {num_workers} of at least {self._workers.least} workers")
+
+    @staticmethod
+    def _named(found: list[Machine], ids: set[str]) -> str:
+        return " and ".join(sorted(f"machine {machine.host}" for machine in found if machine.id in ids))
