@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -138,13 +138,16 @@ def state_of(beat: Beat | None, *, is_finished: bool, newest: int, started: int)
     return State.TRAINING if newest and newest == started else State.STARTING
 
 
-def train_command(config: TrainConfig, uri: str, workers: int | None = None) -> str | None:
-    """Return the command that starts or continues a run; None for a configuration that is made from no recipe."""
+def train_command(config: TrainConfig, uri: str, workers: str | None = None) -> str | None:
+    """Return the command that starts or continues a run; None for a configuration that is made from no recipe.
+
+    workers: as --workers has it.
+    """
     overrides = overrides_of(config)
     if overrides is None:
         return None
     words = ["instdisc", "train", config.recipe, "--run", uri]
-    words += ["--workers", str(workers)] if workers is not None else []
+    words += ["--workers", workers] if workers is not None else []
     for name, value in overrides.items():
         # A value that looks like an option, or is empty, would not be taken for one.
         words += [f"--{name}={value}"] if value.startswith("-") or not value else [f"--{name}", value]
@@ -185,7 +188,7 @@ def status_document(status: Status) -> dict[str, Any]:
         "attempts": [asdict(start) for start in status.starts],
         **asdict(counts),
         "problem": status.problem or None,
-        "command": train_command(status.config, status.uri, last_workers(status)),
+        "command": train_command(status.config, status.uri, last_workers(status.starts)),
         "now": status.now.isoformat(timespec="seconds"),
         "here": status.here,
     }
@@ -196,9 +199,13 @@ def saved_bytes(manifest: Manifest) -> int:
     return sum(stored.num_bytes for stored in manifest.objects())
 
 
-def last_workers(status: Status) -> int | None:
-    """Return how many workers the run had last, None where it is not known."""
-    return status.starts[-1].workers if status.starts else None
+def last_workers(starts: Sequence[Start]) -> str | None:
+    """Return how many workers the last command had, from fewest to most ("2..5"); None where it is not known."""
+    since = max((place for place, start in enumerate(starts) if start.kind == "start"), default=0)
+    numbers = [start.workers for start in starts[since:] if start.workers is not None]
+    if not numbers:
+        return None
+    return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)}..{max(numbers)}"
 
 
 def _beat(store: Store, now: datetime) -> Beat | None:

@@ -151,8 +151,12 @@ def _next_lines(status: Status) -> Iterator[str]:
         yield board
         yield f"instdisc status {status.uri}"
     else:
-        command = train_command(status.config, status.uri, last_workers(status))
-        yield command or f"instdisc.fit(config, run={status.uri!r})  # its configuration is of no recipe: as before"
+        command = train_command(status.config, status.uri, last_workers(status.starts))
+        if command is None:
+            yield f"instdisc.fit(config, run={status.uri!r})  # its configuration is of no recipe: as before"
+        else:
+            yield command
+            yield "  (with the --launcher and --address that it had)"
         if status.state in (State.SILENT, State.UNCLEAR):
             yield "  (whoever trains it after all is left alone: the command watches its heartbeat first)"
 

@@ -23,6 +23,7 @@ from cluster.attempts import read_attempts, win_number
 from cluster.lease import KEY as HEARTBEAT
 from cluster.lease import read_heartbeat
 from cluster.manifest import encode_document
+from cluster.starts import Start
 from cluster.store import Store
 from cluster.worker import Cause, Worker
 from instdisc.cli.main import main
@@ -30,7 +31,7 @@ from instdisc.cli.overrides import parse_overrides
 from instdisc.launch import train_worker
 from instdisc.recipes import RECIPES, overrides_of, recipe
 from instdisc.runs import Run
-from instdisc.status import status_of, train_command
+from instdisc.status import last_workers, status_of, train_command
 
 STEPS = 12
 SMALL: dict[str, Any] = {
@@ -323,11 +324,25 @@ def test_a_store_that_is_not_there_is_a_mistake_in_what_was_asked(server, capsys
 def test_the_command_that_is_shown_makes_the_configuration_that_the_run_has(name, overrides):
     config = recipe(name, **overrides)
     agreed = config.with_overrides({"optim.norm_group": config.optim.norm_group or config.optim.global_batch})
-    command = train_command(agreed, "runs/a b", workers=3)
+    command = train_command(agreed, "runs/a b", workers="3")
     assert command is not None
     words = shlex.split(command)
     assert words[:7] == ["instdisc", "train", name, "--run", "runs/a b", "--workers", "3"]
     assert recipe(name, **parse_overrides(words[7:])) == config
+
+
+def test_the_command_has_as_many_workers_as_the_last_command_had():
+    def starts(*found: tuple[str, int | None]) -> list[Start]:
+        return [
+            Start(attempt=n, created="", from_step=0, workers=workers, host="", kind=kind, text="")
+            for n, (kind, workers) in enumerate(found, 1)
+        ]
+
+    assert last_workers(starts()) is None
+    assert last_workers(starts(("", None))) is None
+    assert last_workers(starts(("start", 8), ("start", 4))) == "4"
+    assert last_workers(starts(("start", 8), ("failure", 8), ("failure", 8))) == "8"
+    assert last_workers(starts(("start", 9), ("start", 2), ("resize", 5), ("drain", 4))) == "2..5"
 
 
 def test_a_configuration_of_no_recipe_has_no_command(tmp_path, capsys):
