@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -300,6 +301,8 @@ def test_a_run_on_s3_is_told_alike(server, capsys):
     assert Run(uri).store.list("tensorboard/"), "what was written before the failure reached the store"
     assert main(shlex.split(document["command"].replace("--workers 1", "--workers 0"))[1:]) == 0
     capsys.readouterr()
+    left = {thread.name for thread in threading.enumerate()} & {"event-mirror", "cluster-events"}
+    assert not left, "the end of a run waits for the last events"
     document, text = status(uri, capsys)
     assert document["state"] == "finished"
     assert len(document["attempts"]) == 2
