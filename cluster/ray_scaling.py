@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
@@ -71,7 +72,7 @@ class GroupSizing(ScalingPolicy):
         self._ask_for_machines()
         now_s = self._clock()
         self._ended_s = now_s if self._ended_s is None else self._ended_s
-        found = self._look()
+        found = self._seen()
         mute = self._probe(found)
         num_workers = room(found, mute, self._need, self._own, self._workers.most)
         if self._may_hold_room and num_workers < self._workers.least and now_s - self._ended_s > RELEASE_S:
@@ -99,7 +100,9 @@ class GroupSizing(ScalingPolicy):
             self._group_since_s = now_s
         self._own = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
         size = self._own.total()
-        found = self._look()
+        found = self._seen()
+        if not found:
+            return NoopDecision()
         dead = self._dead(found, now_s)
         if dead:
             self._announce("failure", f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s")
@@ -144,6 +147,13 @@ class GroupSizing(ScalingPolicy):
     def _ask_for_machines(self) -> None:
         if self._asks:
             self._maybe_send_resource_request()
+
+    def _seen(self) -> list[Machine]:
+        """Return the machines; none where the head does not say now."""
+        try:
+            return self._look()
+        except (RayError, RuntimeError, OSError):
+            return []
 
     @property
     def _need(self) -> dict[str, float]:

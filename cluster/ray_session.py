@@ -41,16 +41,17 @@ OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through Ray here; the leas
 _PRIVATE_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away from under us
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_enable_metrics_collection": "0",
 }
 _TRAIN_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # we look ourselves (ray_scaling), more often
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # for machines that are there; we wait for others before
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end of a worker is seen; the default is 2 s
 }
+_ON_A_CLUSTER = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # the dashboard's page for trainings
 _SYSTEM_CONFIG = {
     "worker_niceness": 0,  # the default of 15 makes workers wait for everything else on a desktop
     "enable_worker_prestart": False,  # idle processes; ours come with their own environment
@@ -96,11 +97,12 @@ def ray_session(address: str | None, num_workers: int, quiet: bool) -> Iterator[
             with _private_ray(num_workers, quiet):
                 yield True
         else:
-            _connect(address, quiet)
-            try:
-                yield False
-            finally:
-                ray.shutdown()
+            with environment(_ON_A_CLUSTER, overwrite=False):
+                _connect(address, quiet)
+                try:
+                    yield False
+                finally:
+                    ray.shutdown()
 
 
 class _SmallNode(Node):

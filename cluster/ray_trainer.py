@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -30,7 +30,6 @@ def run_on_ray(
     threads_per_worker: int | None = None,
     quiet: bool = True,
     coordinator: CoordinatorSpec | None = None,
-    preload: Sequence[str] = (),
 ) -> Any:
     """Run `fn(worker, *args)` on Ray Train workers and return rank 0's result.
 
@@ -49,8 +48,6 @@ def run_on_ray(
         quiet: print nothing of Ray's.
         coordinator: of the checkpoints of a run: an actor beside the driver for the time of the call, which Ray starts
             again if it dies. Workers call it through `Worker.coordinator`.
-        preload: modules that the workers would import anyway: on a cluster, with a coordinator, each has a spare
-            process on its machine that imported them, so that the next worker there begins in a moment.
 
     Ctrl-C and SIGTERM as in `cluster.worker.run_local`: the first asks the workers to return, the second ends them.
 
@@ -83,7 +80,6 @@ def run_on_ray(
             use_gpu=use_gpu,
             coordinator=actor,
             import_path=import_path,
-            preload=tuple(preload) if actor is not None and not is_private else (),
         )
         try:
             return start_run(task, workers, is_private, interrupts, on_event, coordinator)

@@ -20,7 +20,6 @@ from cluster.failures import describe
 from cluster.process_group import COLLECTIVE_TIMEOUT_S, close_groups, open_groups, thread_environment
 from cluster.ray_coordinator import RayCoordination
 from cluster.ray_mailbox import Orders, Post
-from cluster.ray_spares import start_spare_later
 from cluster.worker import Cause, Worker, threads_for
 
 if TYPE_CHECKING:
@@ -44,8 +43,6 @@ class RayTask:
     """The handle of the coordinator's actor, where the driver started one."""
     import_path: tuple[str, ...] = ()
     """The driver's sys.path where it holds for the workers, too: on a private Ray."""
-    preload: tuple[str, ...] = ()
-    """Modules that spare processes import; none: there are no spares."""
 
     def run(self) -> Any:
         """Run this worker's rank. Ray Train calls it in a thread of the worker's process, so no signals here."""
@@ -87,8 +84,6 @@ class RayTask:
             cause=cause,
         )
         sys.path.extend(folder for folder in self.import_path if folder not in sys.path)
-        if self.preload:
-            start_spare_later(self.preload, thread_environment(num_threads), self.import_path)
         fn, args = cloudpickle.loads(self.call)
         result = fn(worker, *args)
         if control_group is not None:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from cluster.worker import Worker
 
 LAUNCHERS = ("ray", "local")
-PRELOAD = ("instdisc.train.loop",)
-"""What every worker imports."""
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -99,8 +97,9 @@ def _launch(
     if most == 0 or launcher == "local":
         from cluster.worker import run_local
 
+        preload = ("instdisc.train.loop",)
         return run_local(
-            train_worker, most, config.to_json(), uri, on_event=on_event, preload=PRELOAD, coordinator=coordinator
+            train_worker, most, config.to_json(), uri, on_event=on_event, preload=preload, coordinator=coordinator
         )[0]
     from cluster.ray_trainer import run_on_ray
 
@@ -120,7 +119,6 @@ def _launch(
         address=address,
         on_event=on_event,
         coordinator=coordinator,
-        preload=PRELOAD,
     )
 
 

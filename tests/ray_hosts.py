@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 SUBNET, OUTSIDE = "10.88.77", 254
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
@@ -42,7 +43,9 @@ def why_not() -> str | None:
         _ip("netns", "del", name, check=False)
 
 
-def run_in_a_network(command: Sequence[str], **options: object) -> subprocess.CompletedProcess:
+def run_in_a_network(
+    command: Sequence[str], environment: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a command where `Hosts` can be made, as `subprocess.run` does; everything of the network goes with it."""
     name = f"hosts{os.getpid()}-{secrets.token_hex(2)}"
     _ip("netns", "add", name)
@@ -51,8 +54,8 @@ def run_in_a_network(command: Sequence[str], **options: object) -> subprocess.Co
         _ip("-n", name, "link", "add", "br0", "type", "bridge")
         _ip("-n", name, "addr", "add", f"{SUBNET}.{OUTSIDE}/24", "dev", "br0")
         _ip("-n", name, "link", "set", "br0", "up")
-        environment = {**os.environ, VARIABLE: name}
-        return subprocess.run([*_inside(name), *command], env=environment, **options)  # type: ignore
+        environment = {**(os.environ if environment is None else environment), VARIABLE: name}
+        return subprocess.run([*_inside(name), *command], env=environment, **options)
     finally:
         for namespace in [*_namespaces(f"{name}-"), name]:
             for pid in _pids(namespace):
@@ -163,7 +166,7 @@ class Hosts:
     def alive(self) -> list[dict]:
         """Return Ray's nodes as the head sees them."""
         script = (
-            "import json,ray;ray.init(address='auto',logging_level='ERROR',log_to_driver=False);"
+            f"import json,ray;ray.init('{self.head.address}:{GCS_PORT}',logging_level='ERROR',log_to_driver=False);"
             "print(json.dumps([n for n in ray.nodes() if n['Alive']]))"
         )
         return json.loads(self.head.run([sys.executable, "-c", script]).splitlines()[-1])

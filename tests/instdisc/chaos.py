@@ -221,7 +221,7 @@ class Chaos:
     def _coordinator(self, victim: Host) -> Callable[[], None]:
         assert self.hosts is not None
         del victim
-        (pid,) = [pid for pid in self.hosts.head.pids() if "CoordinatorActor" in _title(pid)]
+        (pid,) = [pid for pid in self.hosts.head.pids() if "ray::CoordinatorActor" in _title(pid)]
         os.kill(pid, 9)
         return lambda: None
 
