@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cluster.worker import Worker
 
 LAUNCHERS = ("ray", "local")
+_RAY_WORKING_DIR = "/runtime_resources/working_dir_files/"
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -64,6 +65,9 @@ def fit(
 
         # Here, not after half a minute of start-up.
         require_root(config.data.kind, config.data.root, download=config.data.download)
+    if _RAY_WORKING_DIR in place.uri and on_event:
+        text = f"run {place.uri} lies in a copy of the job's files on one machine, which Ray deletes: give --run s3://…"
+        on_event({"kind": "message", "text": text})
     config = place.agree_on_config(config, workers=most)
     outcome = _launch(config, place.uri, (least, most), launcher, address, on_event)
     finished = place.result()

@@ -52,6 +52,11 @@ class Progress:
         self._live: Mapping[str, Any] | None = None
         self._is_shown = True
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the newest progress is one line that is redrawn."""
+        return self._is_terminal
+
     def update(self, event: Mapping[str, Any]) -> None:
         """Show an event; kinds that are not known are left out."""
         kind = event.get("kind")

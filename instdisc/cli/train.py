@@ -75,18 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
     """Return what a finished run came to, and what to do next, as text."""
     head = "This run is finished" if was_finished else "Finished"
-    lines = [f"{head}: {result.step:,} steps, run {uri}"]
-    names = {
-        "knn_raw_pixels_top1": "kNN on raw pixels",
-        "knn_top1": "kNN, images re-encoded",
-        "knn_bank_top1": "kNN, memory bank",
-    }
-    for name, title in names.items():
-        points = result.metrics.get(name)
-        if not points:
-            continue
-        before = f"  (untrained encoder: {points[0][1]:.1f} %)" if name == "knn_top1" and points[0][0] == 0 else ""
-        lines.append(f"  {title:<24}{points[-1][1]:6.1f} %{before}")
+    lines = [f"{head}: {result.step:,} steps, run {uri}", *metric_lines(result)]
     folder = Run(uri).folder
     if folder is not None and (folder / NEIGHBOURS).exists():
         lines.append(f"  picture                 {folder / NEIGHBOURS}")
@@ -98,6 +87,23 @@ def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
         "  instdisc train cifar10-cpu      # real images (fetches CIFAR-10), minutes on a laptop",
     ]
     return "\n".join(lines)
+
+
+def metric_lines(result: RunResult) -> list[str]:
+    """Return a line of text for each kNN accuracy that the run ended with."""
+    names = {
+        "knn_raw_pixels_top1": "kNN on raw pixels",
+        "knn_top1": "kNN, images re-encoded",
+        "knn_bank_top1": "kNN, memory bank",
+    }
+    lines = []
+    for name, title in names.items():
+        points = result.metrics.get(name)
+        if not points:
+            continue
+        before = f"  (untrained encoder: {points[0][1]:.1f} %)" if name == "knn_top1" and points[0][0] == 0 else ""
+        lines.append(f"  {title:<24}{points[-1][1]:6.1f} %{before}")
+    return lines
 
 
 def _fields() -> list[str]:
