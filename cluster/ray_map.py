@@ -35,9 +35,9 @@ class RayMap:
             waiting: list[Any] = []
             try:
                 while True:
-                    # The cluster may have grown since.
+                    # The cluster may have grown since, or lost a machine: then more tasks wait than it has cores for.
                     most = max(1, int(_TASKS_PER_CORE * ray.cluster_resources().get("CPU", 1)))
-                    waiting += [remote.remote(item) for item in islice(left, most - len(waiting))]
+                    waiting += [remote.remote(item) for item in islice(left, max(0, most - len(waiting)))]
                     if not waiting:
                         return
                     done, waiting = ray.wait(waiting, timeout=1.0)

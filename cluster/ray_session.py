@@ -33,8 +33,8 @@ _UV_VARIABLE = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 CONNECT_TIMEOUT_S = 6.0
 PROBE_TIMEOUT_S = 3.0
 REMOVE_TIMEOUT_S = 5.0
-# Loopback by a name that Ray takes literally; it replaces 127.0.0.1 by the address of the network card.
-_LOOPBACK = "127.0.0.2"
+# The one address for which Ray's processes listen on loopback only; for 127.0.0.2 they take every interface.
+_LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 * 2**20  # nothing large goes through Ray here; the least that Ray takes is 75 MiB
 
 # Read by Ray in this process and inherited by the processes of a private Ray.
@@ -43,6 +43,7 @@ _PRIVATE_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     "RAY_enable_metrics_collection": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray replaces 127.0.0.1 by the address of the network card
 }
 _TRAIN_ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -118,7 +119,7 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it (limit: 107 bytes)
     node = None
     try:
-        with environment({**_PRIVATE_ENVIRONMENT, **token}, overwrite=False):
+        with environment({**_PRIVATE_ENVIRONMENT, **token}, overwrite=False), _no_network():
             _reread_token()
             parameters = RayParams(
                 num_cpus=max(num_workers, len(os.sched_getaffinity(0))),
@@ -141,6 +142,17 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         _reread_token()
         _remove(folder)
+
+
+@contextlib.contextmanager
+def _no_network() -> Iterator[None]:
+    """The same as RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER, which this process read when it imported Ray."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _remove(folder: Path) -> None:

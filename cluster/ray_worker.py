@@ -141,7 +141,18 @@ def _open_store(rank: int, world_size: int, group: int, mailbox: Any) -> Store:
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     if rank == 0:
         host = ray.util.get_node_ip_address()
-        store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
+        # On this node's address in the cluster alone: by itself the store takes every interface, and asks for no token.
+        listening = socket.create_server((host, 0))
+        port = listening.getsockname()[1]
+        store = TCPStore(
+            host,
+            port,
+            world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            master_listen_fd=listening.detach(),
+        )
         ray.get(mailbox.open_rendezvous.remote(group, host, store.port), timeout=SEND_TIMEOUT_S)
         return store
     host, port = ray.get(mailbox.rendezvous.remote(group), timeout=RENDEZVOUS_TIMEOUT_S)

@@ -16,14 +16,12 @@ import platform
 import re
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.worker import threads_for
+from instdisc.doctor_ray import ray_findings, without_user
+from instdisc.findings import Finding
 
 UNTESTED_ON_GPU = (
     "DALI's mixed (GPU) decoding, and the self-test that chooses between windows and whole images",
@@ -63,16 +61,6 @@ print(json.dumps({"cuda": torch.version.cuda, "gpus": [[g.name, g.total_memory] 
 """
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at. ok: training can go on with it; advice: what to do, empty where nothing is."""
-
-    name: str
-    value: str
-    ok: bool = True
-    advice: str = ""
-
-
 def findings() -> list[Finding]:
     """Return what was found, in the order in which a person reads it. Takes a few seconds; raises nothing."""
     gpu_probe = _start_probe(_GPU_PROBE) if _has_gpu_device() else None
@@ -87,29 +75,8 @@ def findings() -> list[Finding]:
         *gpus(gpu_probe),
         dali(dali_probe),
         *s3(environment),
-        *ray_cluster(environment),
+        *ray_findings(environment),
     ]
-
-
-def as_document(found: list[Finding]) -> dict[str, Any]:
-    """Return the findings as a JSON-able document, `{"findings": [...]}`."""
-    return {"findings": [asdict(finding) for finding in found]}
-
-
-def as_table(found: list[Finding], *, width: int = 100) -> str:
-    """Return the findings as text: a mark, a name and a value to a line, advice under it."""
-    name_width = max((len(finding.name) for finding in found), default=0)
-    indent = " " * (name_width + 7)
-    lines = []
-    for finding in found:
-        head = f"{'ok' if finding.ok else '!!':<4} {finding.name:<{name_width}}  "
-        lines.append(textwrap.fill(finding.value, width, initial_indent=head, subsequent_indent=indent))
-        if finding.advice:
-            lines.append(textwrap.fill(finding.advice, width, initial_indent=indent, subsequent_indent=indent))
-    num_bad = sum(not finding.ok for finding in found)
-    lines.append("")
-    lines.append(f"{num_bad} of {len(found)} need attention (!!)." if num_bad else "Nothing needs attention.")
-    return "\n".join(lines)
 
 
 def versions() -> Iterator[Finding]:
@@ -220,15 +187,7 @@ def s3(environment: Mapping[str, str]) -> Iterator[Finding]:
         advice = "not needed without s3:// URIs; on AWS the machine's role is used, which is not asked here"
         yield Finding("S3 credentials", "none found", True, advice)
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-    yield Finding("S3 endpoint", _without_user(endpoint) if endpoint else "AWS (no AWS_ENDPOINT_URL)")
-
-
-def ray_cluster(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """Tell which Ray cluster a driver would connect to; it is not contacted."""
-    address = environment.get("RAY_ADDRESS")
-    yield Finding(
-        "Ray address", _without_user(address) if address else "RAY_ADDRESS not set: Ray starts on this machine"
-    )
+    yield Finding("S3 endpoint", without_user(endpoint) if endpoint else "AWS (no AWS_ENDPOINT_URL)")
 
 
 def _version(distribution: str) -> str | None:
@@ -309,9 +268,3 @@ def _profiles(environment: Mapping[str, str]) -> set[str]:
             continue
         names |= {section.removeprefix("profile ") for section in parser.sections()}
     return names
-
-
-def _without_user(url: str) -> str:
-    """Return the address without a user and password that may stand in it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url

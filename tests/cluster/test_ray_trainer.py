@@ -50,6 +50,7 @@ def fail_on_rank_1(worker):
 
 DRIVER = """
 import json, psutil, signal, threading
+from cluster.open_ports import open_ports
 from cluster.ray_session import ray_session
 from cluster.ray_trainer import run_on_ray
 from test_ray_trainer import RecipeError, fail_on_rank_1, sum_ranks
@@ -57,10 +58,12 @@ from test_ray_trainer import RecipeError, fail_on_rank_1, sum_ranks
 def stop(event):
     events.append(event)
     started.extend(psutil.Process().children(recursive=True))
+    family = {process.pid: process.name() for process in [psutil.Process(), *started]}
+    ports.extend([port.role, port.host] for port in open_ports(family))
     signal.raise_signal(signal.SIGINT)
 
 if __name__ == "__main__":
-    events, started, error = [], [], None
+    events, started, ports, error = [], [], [], None
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with ray_session(None, 2, quiet=True):  # one Ray for both runs: starting it is what takes the time
         result = run_on_ray(sum_ranks, 2, 5, on_event=stop, threads_per_worker=1)
@@ -74,7 +77,7 @@ if __name__ == "__main__":
     left = [process.name() for process in left]
     restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     report = {"result": result, "events": events, "error": error, "restored": restored, "threads": threads}
-    print(json.dumps({**report, "num_started": len(started), "left": left}))
+    print(json.dumps({**report, "ports": ports, "num_started": len(started), "left": left}))
 """
 
 
@@ -100,6 +103,8 @@ def test_a_run_on_a_private_ray(tmp_path):
     assert report["error"][1].startswith("raised by rank 1 of 2")
     assert "fail_on_rank_1" in report["error"][1]
     assert report["num_started"] >= 6  # gcs_server, raylet, mailbox, controller, two workers
+    assert {host for _, host in report["ports"]} == {"127.0.0.1"}  # Ray's, torch's and our own: on loopback only
+    assert len(report["ports"]) >= 10
     assert report["left"] == []
     assert report["restored"]
     assert "ray-train" not in report["threads"]

@@ -108,7 +108,14 @@ class Chaos:
         phases = folder / f"phases-{self.trial}-{time.time_ns()}"
         phases.mkdir(parents=True)
         self.steps = Steps(phases)
-        self.environment = {**self.server.environment, VARIABLE: str(phases), "OMP_WAIT_POLICY": "PASSIVE"}
+        # As in an image: "python" has the project.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = {
+            **self.server.environment,
+            VARIABLE: str(phases),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PATH": path,
+        }
         os.environ.update(self.server.environment)
         self.hosts: Hosts | None = None
         self.down: list[Host] = []

@@ -134,7 +134,7 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         (["train", "--objective.temprature", "0.1"], "did you mean objective.temperature"),
         (["train", "--objective.temperature", "warm"], "expected a finite number"),
         (["train", "--optim.lr"], "no value after it"),
-        (["train", "--workers", "-3"], "workers: found -3"),
+        (["train", "--workers", "-3"], "workers: found '-3'"),
         (["train", "cifar10-cpu", "--data.root", "/nowhere/at/all"], "/nowhere/at/all does not exist"),
         (
             ["train", "cifar10-cpu", "--data.root", "/nowhere/at/all", "--data.kind", "cifar10"],

@@ -11,7 +11,9 @@ import psutil
 import pytest
 
 from instdisc import doctor
-from instdisc.doctor import Finding, as_document, as_table, findings
+from instdisc.doctor import findings
+from instdisc.doctor_ray import ray_address
+from instdisc.findings import Finding, as_document, as_table
 
 SECRET = "not-a-real-secret-but-must-not-be-shown"
 
@@ -131,10 +133,9 @@ def test_files_that_cannot_be_parsed_are_survived(no_aws, tmp_path):
 def test_addresses_are_shown_without_a_password_in_them(no_aws):
     _, endpoint = doctor.s3(no_aws | {"AWS_ENDPOINT_URL": f"http://me:{SECRET}@minio:9000"})
     assert endpoint.value == "http://minio:9000"
-    (ray,) = doctor.ray_cluster({"RAY_ADDRESS": "ray://head:10001"})
-    assert ray.value == "ray://head:10001"
-    (ray,) = doctor.ray_cluster({})
-    assert "not set" in ray.value
+    assert ray_address({"RAY_ADDRESS": "ray://head:10001"}).value == "ray://head:10001"
+    assert ray_address({"RAY_ADDRESS": f"ray://me:{SECRET}@head:10001"}).value == "ray://head:10001"
+    assert "not set" in ray_address({}).value
 
 
 def test_thread_settings_are_told():

@@ -3,57 +3,17 @@
 import contextlib
 import hashlib
 import os
-import secrets
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from PIL import Image
+from ray_nodes import START_TIMEOUT_S, two_nodes
 
-HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 NUM_IMAGES = 1500
-START_TIMEOUT_S = 120
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind((HEAD, 0))
-        return server.getsockname()[1]
-
-
-def start_node(stack, folder, host, environment, *arguments):
-    """Start a node, which ends with `stack`, and return its process when it is up."""
-    ray = Path(sys.executable).with_name("ray")
-    fixed = ["--num-cpus=1", f"--node-ip-address={host}", "--block", f"--object-store-memory={80 * 2**20}"]
-    command = [ray, "start", *arguments, *fixed, "--dashboard-agent-listen-port=0", "--disable-usage-stats"]
-    told = folder / f"{host}.log"
-    with open(told, "w") as log:
-        node = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    stack.callback(end, node)
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while "Ray runtime started" not in told.read_text():
-        assert node.poll() is None, told.read_text()
-        assert time.monotonic() < deadline, told.read_text()
-        time.sleep(0.2)
-    return node
-
-
-def end(node):
-    """Kill a node and whatever it started."""
-    family = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    node.wait(timeout=30)
 
 
 def is_packing(node):
@@ -65,30 +25,18 @@ def is_packing(node):
     return False
 
 
-@pytest.fixture
-def cluster():
-    """Two nodes of one core each on loopback addresses: the address of the head, the environment, the second node."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it
-    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**os.environ, **token}
-    environment.pop("RAY_ADDRESS", None)
-    address = f"{HEAD}:{free_port()}"
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        head = ["--head", f"--port={address.rpartition(':')[2]}", f"--ray-client-server-port={free_port()}"]
-        start_node(
-            stack, folder, HEAD, environment, *head, "--include-dashboard=false", f"--temp-dir={folder / 'head'}"
-        )
-        second = start_node(stack, folder, SECOND, environment, f"--address={address}")
-        yield address, environment, second
-
-
 def tars_and_manifest(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "train").iterdir()}
 
 
+@pytest.fixture
+def cluster():
+    with two_nodes() as nodes:
+        yield nodes
+
+
 def test_a_node_that_is_lost_in_the_middle_changes_nothing(tmp_path, cluster):
-    address, environment, second = cluster
+    address, environment, second = cluster.address, cluster.environment, cluster.second
     root = tmp_path / "photos/train/cat"
     root.mkdir(parents=True)
     Image.effect_noise((500, 375), 60).convert("RGB").save(root / "0.jpg", quality=90)
