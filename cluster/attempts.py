@@ -9,16 +9,25 @@ decides which checkpoints are valid: an older one that still runs (a zombie) har
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from cluster.manifest import ManifestError, ManifestId, decode_document, encode_document, visible_chain
+from cluster.manifest import (
+    ManifestError,
+    ManifestId,
+    NewerFormatError,
+    decode_document,
+    encode_document,
+    visible_chain,
+)
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
+from cluster.threads import in_threads
 
+_NUM_THREADS = 16
 _NUMBER = re.compile(r"attempts/(\d{6,})(?:\.start)?\.json")
 """Either record shows that a number was won: one that vanished must not be won again."""
 _START = re.compile(r"attempts/(\d{6,})\.start\.json")
@@ -34,6 +43,7 @@ class Attempt:
 
     parent: the manifest that it starts from. damaged: manifests that restores found damaged and that retention
     therefore leaves for inspection. token: makes the record different from that of a rival for the same number.
+    created: by the clock of the coordinator's machine. about: what the workers say of themselves, JSON (`starts`).
     """
 
     number: int
@@ -41,6 +51,7 @@ class Attempt:
     damaged: tuple[ManifestId, ...]
     token: str
     created: str
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +89,12 @@ def manifest_ids(store: Store) -> list[ManifestId]:
     return sorted(id for key in store.list("manifests/") if (id := ManifestId.from_key(key)))
 
 
-def read_history(store: Store) -> History:
-    """Read which checkpoints a run has. CheckpointError where the records of its attempts are damaged or missing."""
+def read_history(store: Store, known: Mapping[int, Attempt] | None = None) -> History:
+    """Read which checkpoints a run has. CheckpointError where the records of its attempts are damaged or missing.
+
+    known: records that were read already (`read_attempts`), and are not read again.
+    """
+    known = known or {}
     # Manifests first: an attempt that begins between the two listings then has none of its own in them.
     manifests = manifest_ids(store)
     keys = store.list("attempts/")
@@ -91,26 +106,45 @@ def read_history(store: Store) -> History:
             "changed by hand; put attempts/ back, or start a new run under another URI"
         )
     attempts: dict[int, Attempt] = {}
-    number = _newest_started(store, numbers, started)
+    number = _newest_started(store, numbers, started | set(known))
     if manifests and manifests[-1].attempt > (number or 0):
         raise CheckpointError(
             f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt's start: the "
             f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run elsewhere"
         )
     while number is not None:
-        attempts[number] = read_attempt(store, number)
+        attempts[number] = known[number] if number in known else read_attempt(store, number)
         parent = attempts[number].parent
         number = parent.attempt if parent else None
     return History(attempts=attempts, manifests=manifests, newest=numbers[-1] if numbers else 0)
+
+
+def read_attempts(store: Store) -> dict[int, Attempt]:
+    """Return the records of all attempts that have started, by number, be they on the chain or not; several are read
+    at a time. Those that cannot be read are left out.
+    """
+
+    def read(number: int) -> Attempt | None:
+        try:
+            return read_attempt(store, number)
+        except (CheckpointError, NewerFormatError):
+            return None
+
+    found = in_threads(read, attempt_numbers(store), _NUM_THREADS)
+    return {attempt.number: attempt for attempt in found if attempt is not None}
 
 
 def read_attempt(store: Store, number: int) -> Attempt:
     """Return the record of an attempt's start. CheckpointError if it is damaged or missing."""
     key = _start_key(number)
     try:
-        if not store.exists(key) and "parent" in _peek(store, number):
+        try:
+            document = _read(store, key)
+        except ObjectMissingError:
+            document = _peek(store, number)
+            if "parent" not in document:
+                raise
             key = _number_key(number)  # format 1 had one record for both
-        document = _read(store, key)
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
@@ -137,9 +171,16 @@ def win_number(store: Store) -> int:
             return number
 
 
-def record_start(store: Store, number: int, parent: ManifestId | None, damaged: Sequence[ManifestId] = ()) -> Attempt:
+def record_start(
+    store: Store,
+    number: int,
+    parent: ManifestId | None,
+    damaged: Sequence[ManifestId] = (),
+    about: Mapping[str, Any] | None = None,
+) -> Attempt:
     """Record what an attempt starts from: from here on it decides which checkpoints are valid. May be repeated.
 
+    about: what the workers say of themselves, JSON.
     SupersededError if a newer attempt has won a number meanwhile, CheckpointError if the parent was deleted, which only
     another attempt that still runs can do.
     """
@@ -149,7 +190,14 @@ def record_start(store: Store, number: int, parent: ManifestId | None, damaged: 
             f"{parent.key} in {store.uri} was deleted while this attempt began: another process still writes "
             "to this run; stop one of the two and start again"
         )
-    attempt = Attempt(number=number, parent=parent, damaged=tuple(damaged), token=uuid4().hex, created=_now())
+    attempt = Attempt(
+        number=number,
+        parent=parent,
+        damaged=tuple(damaged),
+        token=uuid4().hex,
+        created=_now(),
+        about=dict(about or {}),
+    )
     if not store.claim(_start_key(number), encode_document(asdict(attempt))):
         earlier = read_attempt(store, number)
         if (earlier.parent, earlier.damaged) != (attempt.parent, attempt.damaged):

@@ -146,16 +146,19 @@ class Checkpointer:
             self._last = checkpoint.manifest.id if checkpoint else None
             return checkpoint
 
-    def begin_attempt(self) -> int:
+    def begin_attempt(self, about: Mapping[str, Any] | None = None) -> int:
         """Start the attempt from what `restore` found, and return its number; then `save` may be called. Collective.
 
+        about: what the record of the attempt says of these workers, JSON; rank 0's counts (`cluster.starts`).
         From here on nothing that an older attempt saves is valid. CheckpointError if another process is still writing.
         """
         assert self._attempt is not None, "restore() comes before begin_attempt(): it says what the attempt starts from"
         started = gather(
             self._worker,
             "begin an attempt",
-            lambda: self._of_rank_0("start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged),
+            lambda: self._of_rank_0(
+                "start_attempt", attempt=self._attempt, parent=self._last, damaged=self._damaged, about=about
+            ),
         )[0]
         self._growth = Growth.from_json(started["growth"]) if started["growth"] else None
         if self._worker.rank == 0:

@@ -126,14 +126,21 @@ class Coordinator:
             self._attempt = max(self._attempt, number)
         return {"attempt": number, "chain": history.chain, "damaged": history.damaged}
 
-    def start_attempt(self, attempt: int, parent: list[int] | None, damaged: list[list[int]]) -> dict[str, Any]:
-        """Record the checkpoint that an attempt starts from (None: nothing), and which ones are damaged.
+    def start_attempt(
+        self,
+        attempt: int,
+        parent: list[int] | None,
+        damaged: list[list[int]],
+        about: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Record the checkpoint that an attempt starts from (None: nothing), which ones are damaged, and what the
+        workers say of themselves.
 
         Returns {"growth"} of the parent; None without one, and after damage: of a checkpoint that an older attempt had
         left behind, that attempt may still be deleting the objects, so that nothing new may need them.
         """
         started_from = ManifestId(*parent) if parent else None
-        record_start(self._store, attempt, started_from, tuple(ManifestId(*id) for id in damaged))
+        record_start(self._store, attempt, started_from, tuple(ManifestId(*id) for id in damaged), about)
         run = self._adopt(attempt)
         with self._lock:
             self._sure_of = attempt

@@ -16,6 +16,7 @@ from cluster.inventory import Entry, Inventory, State, take_stock
 from cluster.lease import BEAT_S, LEASE_S, Holder, Lease, RunHeldError
 from cluster.manifest import ManifestId, describe
 from cluster.retention import Removal, Retention, plan_removal, remove
+from cluster.starts import about_pruning
 from cluster.store import Store
 from cluster.stored_object import CheckpointError
 
@@ -102,7 +103,13 @@ def prune(
         inventory = take_stock(store)
         plan = plan_prune(store, inventory, retention, damaged=damaged, attempt=number)
         on_chain = inventory.usable if damaged else inventory.chain
-        record_start(store, number, on_chain[-1].id if on_chain else None, () if damaged else inventory.damaged)
+        record_start(
+            store,
+            number,
+            on_chain[-1].id if on_chain else None,
+            () if damaged else inventory.damaged,
+            about_pruning(),
+        )
 
         def tell(done: int, total: int) -> None:
             held.require()

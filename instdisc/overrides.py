@@ -51,6 +51,13 @@ def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **replaced)  # pyright: ignore[reportArgumentType]
 
 
+def as_typed(value: Any) -> str:
+    """Return a field's value as text that `apply_overrides` reads."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
 def from_plain(kind: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
     """Return the dataclass that `dataclasses.asdict` turned into `plain` (through JSON, so lists are tuples)."""
     hints = typing.get_type_hints(kind)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dataloading.augment import AugmentConfig
-from instdisc.config import TrainConfig
+from instdisc.config import TrainConfig, flatten
 from instdisc.config_sections import (
     CheckpointConfig,
     ConfigError,
@@ -21,6 +21,7 @@ from instdisc.config_sections import (
     OptimConfig,
     SystemConfig,
 )
+from instdisc.overrides import as_typed
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -186,3 +187,20 @@ def recipe(name: str, **overrides: Any) -> TrainConfig:
     if "data.root" in overrides and config.data.root is not None:
         overrides = {"data.kind": "auto", "data.download": False, **overrides}
     return config.with_overrides(overrides)
+
+
+def overrides_of(config: TrainConfig) -> dict[str, str] | None:
+    """Return the overrides, as typed, that make a configuration from its recipe; None where it is none of ours.
+
+    The normalisation group is left out where the recipe leaves it open: a run that goes on keeps its own.
+    """
+    if config.recipe not in RECIPES:
+        return None
+    asked = flatten(config)
+    if RECIPES[config.recipe]().optim.norm_group is None:
+        del asked["optim.norm_group"]
+    overrides: dict[str, str] = {}
+    for _ in range(2):  # a root of one's own changes what the recipe says of other fields
+        made = flatten(recipe(config.recipe, **overrides))
+        overrides |= {name: as_typed(value) for name, value in asked.items() if made[name] != value}
+    return overrides

@@ -148,6 +148,14 @@ class Run:
         """Whether the run knows its images: it was started before."""
         return self.store.exists(DIGEST)
 
+    def num_rows(self) -> int | None:
+        """Return the number of training images, None before the first start has seen them."""
+        text = self._read(DIGEST)
+        if text is None:
+            return None
+        with self._readable(DIGEST):
+            return int(json.loads(text)["num_rows"])
+
     def index(self) -> DatasetIndex:
         """Return the stored index of the training images."""
         with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,10 @@ from instdisc.cli.output import printable
 from instdisc.cli.overrides import split_overrides
 
 # In the order of `--help`. Modules load when their command is parsed; none of them imports torch before it runs.
-COMMANDS = ("train", "submit", "show", "checkpoints", "index", "pack", "verify", "embed", "knn", "bench", "doctor")
+COMMANDS = (
+    *("train", "submit", "status", "show", "checkpoints", "index", "pack", "verify", "embed", "knn", "bench"),
+    "doctor",
+)
 USER_ERROR, INTERRUPTED, FAILED = 2, 130, 1
 
 

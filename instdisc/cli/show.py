@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from instdisc.runs import NEIGHBOURS, Run, existing_run, read_curves
+from instdisc.status import train_command
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -41,6 +42,7 @@ def describe(run: Run) -> dict[str, Any]:
         "attempt": checkpoint.attempt if checkpoint else None,
         "metrics": curves,
         "summary": result.summary if result else {},
+        "command": train_command(config, run.uri),
         "picture": f"{run.uri.rstrip('/')}/{NEIGHBOURS}" if run.store.exists(NEIGHBOURS) else None,
         "config": json.loads(config.to_json()),
     }
@@ -63,5 +65,6 @@ def as_text(document: dict[str, Any]) -> str:
     if document["picture"]:
         lines.append(f"  picture: {document['picture']}")
     if not document["finished"]:
-        lines.append(f"  go on with: instdisc train {document['recipe']} --run {document['uri']}  (and its overrides)")
+        command = document["command"] or f"instdisc.fit(config, run={document['uri']!r})"
+        lines.append(f"  go on with: {command}")
     return "\n".join(lines)

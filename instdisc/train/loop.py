@@ -130,7 +130,7 @@ class Training:
         if self.worker.rank == 0:
             # Only now: a process that was refused, because this one trains the run, must not leave its own there.
             self.run.keep_config(self.config)
-        self.monitor.open_events(self.state.step)
+        self.monitor.open_events(self.saves.attempt, self.state.step)
 
     def _has_appointment(self) -> bool:
         """Whether all ranks meet after this step: to read the metrics, to evaluate, to save."""

@@ -5,7 +5,6 @@ Shapes: S rows of a sample of this rank's.
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import time
@@ -25,6 +24,7 @@ from instdisc.memory_bank import NEVER
 from instdisc.pictures import image_grid
 from instdisc.runs import Run
 from instdisc.train.bank_health import BankHealth, DeadBankError, problems, sample_places
+from instdisc.train.cluster_events import ClusterEvents
 from instdisc.train.evaluation import Evaluation
 from instdisc.train.metrics import NAMES
 from instdisc.train.plan import BatchPlan
@@ -42,18 +42,20 @@ class Monitor:
         self._worker, self._config, self._run = worker, config, run
         self._num_steps, self._num_rows = num_steps, num_rows
         self._events: EventWriter | None = None
+        self._cluster = ClusterEvents(worker, run.checkpoints())
         self._started_s = self._look_s = time.monotonic()
         self._waited_s = 0.0
         self._first_step = self.last_look = 0
         self._advised = self._batch_shown = self._told_bad = False
         self._told_health: set[str] = set()
 
-    def open_events(self, step: int) -> None:
+    def open_events(self, attempt: int, step: int) -> None:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
-        folder = self._run.folder
-        if self._worker.rank == 0 and self._config.system.tensorboard and folder is not None:
-            self._events = EventWriter(os.fspath(folder / "tensorboard"), purge_step=step + 1, on_failure=self.warn)
+        if self._worker.rank == 0 and self._config.system.tensorboard:
+            uri = f"{self._run.uri.rstrip('/')}/tensorboard"
+            self._events = EventWriter(uri, attempt=attempt, purge_step=step + 1, on_failure=self.warn)
             self._events.text(0, "config", f"```\n{self._config.to_json()}\n```")
+            self._cluster.start_reading()
 
     def announce(self, state: TrainState, plan: BatchPlan) -> None:
         """Tell what follows from the configuration, before the first step."""
@@ -135,6 +137,8 @@ class Monitor:
         )
         self._advise_on_z(state)
         self._write_events(state, means, lr, speed, data_wait, num_bad)
+        age = {f"checkpoint/{name}": by_rank[0]["saves"][name] for name in ("age_s", "age_steps")}
+        self._show_cluster(state.step, age)
 
     def check_bank(self, state: TrainState, by_rank: Sequence[BankHealth], num_bad: int) -> None:
         """Show the bank's health, and end the run, or warn, where training is pointless.
@@ -184,6 +188,8 @@ class Monitor:
                 "checkpoint/megabytes": report.num_bytes / 1e6,
             }
             self._events.scalars(report.step, values)
+            # A run that is killed now goes on from this checkpoint: its curves should not lack points before.
+            self._events.flush()
 
     def summary(self) -> dict[str, Any]:
         """Return what a finished run keeps about how it ran."""
@@ -198,7 +204,9 @@ class Monitor:
 
     def close(self) -> None:
         """Close the event files."""
+        self._cluster.close()
         if self._events is not None:
+            self._write_table(self.last_look)  # where the run ended before it was read
             self._events.close()
 
     def _advise_on_z(self, state: TrainState) -> None:
@@ -218,6 +226,21 @@ class Monitor:
     def warn(self, text: str) -> None:
         """Tell something that a person should know, beside the progress line."""
         self._worker.emit({"kind": "message", "text": f"warning: {text}", "keep": True})
+
+    def _show_cluster(self, step: int, age: dict[str, float]) -> None:
+        """Tell how long it took to go on, after the first step, and show what became of the workers so far."""
+        recovery_s = self._cluster.take_recovery()
+        if recovery_s is not None:
+            text = f"went on after {recovery_s:.1f} s ({self._worker.cause.text})"
+            self._worker.emit({"kind": "message", "text": text, "keep": True})
+        if self._events is not None:
+            self._events.scalars(step, {**age, **self._cluster.values(), "cluster/recovery_s": recovery_s})
+            self._write_table(step)
+
+    def _write_table(self, step: int) -> None:
+        table = self._cluster.take_table()
+        if self._events is not None and table is not None:
+            self._events.text(step, "cluster/events", table)
 
     def _write_events(
         self, state: TrainState, means: dict[str, float], lr: float, speed: float, data_wait: float, num_bad: int

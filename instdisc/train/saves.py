@@ -6,11 +6,14 @@ rank 0's count.
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from cluster.checkpoint import Checkpointer, SaveFailedError, SaveReport, SupersededError
 from cluster.phase import Phase, enter
+from cluster.starts import about_workers
 from cluster.worker import Worker
 from instdisc import __version__
 from instdisc.config import TrainConfig, lasting_digest
@@ -39,17 +42,25 @@ class Saves:
         self._told: set[str] = set()
         self._wish_served = self._wish_committed = 0
         self._is_started = False
+        self.attempt = 0
+        """The number of this attempt, from `restore` on."""
+        self._taken = self._safe = (0, time.monotonic())
+        """Step and time of the last snapshot, and of the last one that is committed or was restored."""
 
     def restore(self, state: TrainState) -> bool:
         """Load the newest intact checkpoint into the state and begin an attempt; whether there was one. Collective."""
         checkpoint = self._checkpointer.restore(state.load)
         self._tell_warnings()
-        self._checkpointer.begin_attempt()
+        worker = self._worker
+        self.attempt = self._checkpointer.begin_attempt(
+            about_workers(workers=worker.world_size, host=socket.gethostname(), cause=worker.cause)
+        )
         return checkpoint is not None
 
     def start(self, step: int) -> None:
         """Start the clock: the first step is about to begin."""
         self._cadence.start(step)
+        self._safe = step, time.monotonic()
         enter(Phase.STEP, step)
 
     def pause(self) -> None:
@@ -66,6 +77,8 @@ class Saves:
         is_saving = self._checkpointer.is_saving
         self._cadence.look(step, is_saving)
         return {
+            "age_s": time.monotonic() - self._safe[1],
+            "age_steps": step - self._safe[0],
             "is_saving": is_saving,
             "due": self._cadence.is_due(),
             "wishes": self._checkpointer.wishes["saves"],
@@ -121,6 +134,7 @@ class Saves:
             wish=self._wish_served,
         )
         self._is_started = True
+        self._taken = state.step, time.monotonic()
         self._cadence.saved()
 
     def _outcome(self, *, must_succeed: bool) -> SaveReport | None:
@@ -134,6 +148,7 @@ class Saves:
             self._wish_served = self._wish_committed  # whoever wished for it still waits
             return None
         self._wish_committed = self._wish_served
+        self._safe = self._taken
         self._tell_warnings()
         if report is not None:
             self._cadence.committed(report.snapshot_s, report.write_s)

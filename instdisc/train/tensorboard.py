@@ -20,7 +20,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from dataloading.index import Dataset
     from instdisc.evaluate.knn import Neighbours
-    from instdisc.train.event_file import EventFile
+    from instdisc.train.event_file import EventSink
 
 TAGS: dict[str, str] = {
     "train/loss": "mean loss over the valid images of the steps since the last point",
@@ -47,30 +47,46 @@ TAGS: dict[str, str] = {
     "checkpoint/stall_s": "seconds that training waited for the snapshot of a checkpoint, the slowest rank's",
     "checkpoint/write_s": "seconds from the snapshot of a checkpoint to its last object, beside training",
     "checkpoint/megabytes": "written for a checkpoint: the whole memory bank, or what changed of it",
+    "checkpoint/age_s": "seconds of training that no committed checkpoint has: lost if all workers died now",
+    "checkpoint/age_steps": "the same in steps",
+    "cluster/workers": "workers of this group",
+    "cluster/restarts": "times that workers of the run were started again, whatever the cause",
+    "cluster/preemptions": "of these, because a machine of theirs was about to be taken away",
+    "cluster/resizes": "of these, because there was room for more or fewer workers",
+    "cluster/recovery_s": "seconds from the end of the group before, by the driver's clock, to the first step of this "
+    "one, by the clock of rank 0's machine",
+    "cluster/events": "every start of the run's workers: when, how many, from which step, and why",
     "about": "what each tag means",
     "config": "the configuration of the run",
 }
 """Every tag that is written, and what it means; the same table stands in TensorBoard under `about`."""
 
 _KNN_TAGS = {"knn_top1": "knn/top1_reencoded", "knn_bank_top1": "knn/top1_bank"}
-_FLUSH_S = 20
 _MAX_BINS = 64
 _MAX_LOG_Z_DISTANCE = 1.0
 
 
 class EventWriter:
-    """Writes events into a local folder, which exists from the first event on.
+    """Writes the events of one attempt of a run to a URI, which exists from the first event on.
 
-    purge_step: a continued run writes into the folder of the attempt before; its points at this step and later, which
-    happened after the checkpoint that the run goes on from, are no longer shown. None: nothing is purged.
-    on_failure: told once, in words, if events cannot be written (a full disk); training goes on without them.
+    A folder gets them within 20 seconds; any other place gets files that never change, after 30 seconds at first and
+    after 10 minutes at most (`event_mirror`), without training ever waiting for it.
+    purge_step: a continued run writes beside the files of the attempts before; their points at this step and later,
+    which happened after the checkpoint that the run goes on from, are no longer shown. None: nothing is purged.
+    on_failure: told once, in words, if events cannot be written (a full disk), and if they do not reach the store;
+    training goes on.
     """
 
     def __init__(
-        self, folder: str, *, purge_step: int | None, on_failure: Callable[[str], None] = warnings.warn
+        self,
+        uri: str,
+        *,
+        attempt: int,
+        purge_step: int | None,
+        on_failure: Callable[[str], None] = warnings.warn,
     ) -> None:
-        self._folder, self._purge_step, self._on_failure = folder, purge_step, on_failure
-        self._file: EventFile | None = None
+        self._uri, self._attempt, self._purge_step, self._on_failure = uri, attempt, purge_step, on_failure
+        self._sink: EventSink | None = None
         self._has_failed = False
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -114,17 +130,18 @@ class EventWriter:
             self.image(step, "knn/neighbours", np.asarray(picture.convert("RGB")))
 
     def flush(self) -> None:
-        """Write out what is still in memory; it also happens every 20 seconds."""
+        """Write out what is still in memory; what goes to a store other than a folder gets there soon."""
         with self._failing_once():
-            if self._file is not None:
-                self._file.flush()
+            if self._sink is not None and not self._has_failed:
+                self._sink.flush()
 
     def close(self) -> None:
-        """Write out and close the event file; a second call does nothing."""
-        with self._failing_once():
-            if self._file is not None:
-                self._file.close()
-        self._file = None
+        """Write out everything and end; a second call does nothing. A store is waited for, 20 seconds at most."""
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            with self._failing_once():
+                sink.close()
+            self._tell(sink.take_problem())
 
     def _add(self, step: int, summarize: Callable[[Any], Any]) -> None:
         """Write `summarize(torch.utils.tensorboard.summary)`, unless writing has failed before."""
@@ -133,17 +150,31 @@ class EventWriter:
         from torch.utils.tensorboard import summary
 
         with self._failing_once():
-            self._opened(summary).add(step, summarize(summary))
+            self._write(self._opened(summary), step, summarize(summary))
 
-    def _opened(self, summary: Any) -> EventFile:
-        if self._file is None:
-            from instdisc.train.event_file import EventFile
+    def _opened(self, summary: Any) -> EventSink:
+        if self._sink is None:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore - generated code
 
-            self._file = EventFile(self._folder, purge_step=self._purge_step, flush_s=_FLUSH_S)
+            from instdisc.train.event_file import open_events
+
+            self._sink = open_events(self._uri, self._attempt)
+            if self._purge_step is not None:
+                self._sink.add(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
             rows = "\n".join(f"| {tag} | {meaning} |" for tag, meaning in TAGS.items())
             about = summary.text("about", f"| tag | meaning |\n|---|---|\n{rows}")
-            self._file.add(self._purge_step or 0, about)
-        return self._file
+            self._write(self._sink, self._purge_step or 0, about)
+        return self._sink
+
+    def _write(self, sink: EventSink, step: int, summary: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore - generated code
+
+        sink.add(Event(step=step, summary=summary))
+        self._tell(sink.take_problem())
+
+    def _tell(self, problem: str | None) -> None:
+        if problem is not None:
+            self._on_failure(problem)
 
     @contextmanager
     def _failing_once(self) -> Iterator[None]:
@@ -151,12 +182,11 @@ class EventWriter:
         try:
             yield
         except OSError as error:
-            self._file = None
             if not self._has_failed:
                 self._has_failed = True
                 reason = error.strerror or str(error)
                 self._on_failure(
-                    f"TensorBoard events cannot be written to {self._folder}: {reason}. Training goes on without them; "
+                    f"TensorBoard events cannot be written to {self._uri}: {reason}. Training goes on without them; "
                     "the next start of the run writes them again"
                 )
 

@@ -15,8 +15,9 @@ import pytest
 from killing import assert_same_to_the_bit, finish
 from tiny_data import write_cifar10
 
-from cluster.attempts import read_history
+from cluster.attempts import read_attempts, read_history
 from cluster.phase import VARIABLE, read_phase
+from cluster.starts import starts_of
 from instdisc.runs import Run
 
 NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 400, 20
@@ -81,4 +82,8 @@ def test_a_run_whose_workers_are_killed_goes_on_by_itself_and_ends_bit_for_bit_l
     assert "died: going on from the newest checkpoint" in said
     assert "continuing from the checkpoint of step" in said, said
     assert sorted(read_history(Run(str(run)).checkpoints()).attempts) == [1, 2]
+    starts = starts_of(read_attempts(Run(str(run)).checkpoints()))
+    assert [(start.kind, start.workers) for start in starts] == [("start", 3), ("failure", 3)]
+    assert "died" in starts[1].text
+    assert f"s ({starts[1].text})" in said.partition("went on after ")[2], "the time is told with the cause"
     assert_same_to_the_bit(run, tmp_path / "expected", STEPS)
