@@ -1,5 +1,8 @@
-"""Before torch is imported anywhere: OpenMP threads that spin while they wait slow several processes on few cores."""
+"""Variables that must stand before torch or Ray is imported anywhere."""
 
 import os
 
+# OpenMP threads that spin while they wait slow several processes on few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Below `uv run` every process of a Ray that a test starts would send the whole folder, .venv included, to its head.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

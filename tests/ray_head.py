@@ -44,7 +44,8 @@ class RayHead:
         """Variables for whoever uses the cluster."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
-        return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "PATH": path, "NO_PROXY": "127.0.0.1"}
+        ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        return {**kept, **ray, "PATH": path, "NO_PROXY": "127.0.0.1"}
 
     def __enter__(self) -> RayHead:
         try:

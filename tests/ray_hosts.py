@@ -135,6 +135,7 @@ class Hosts:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             **environment,
         }
         self._sessions = 0
