@@ -95,7 +95,8 @@ def test_a_log_is_followed_through_cut_connections_without_a_line_lost_or_twice(
         end = followed.join()
     assert lines_of(followed.text) == [f"line {i}" for i in range(NUM_LINES)]
     assert (end.verdict, end.ids) == (Verdict.SUCCEEDED, ("cut-1",))
-    assert sum("answers again" in told for told in followed.told) == 2, followed.told
+    # The job may end during the second cut, or the log come back before the job is asked for.
+    assert any("answers again" in told for told in followed.told), followed.told
     assert any("waiting for the head" in told and "refused" in told for told in followed.told)
 
 
