@@ -133,6 +133,7 @@ def train(temporary: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_tensorboard_shows_a_run_on_s3_while_it_trains_and_after_it_was_killed_and_went_on(server, tmp_path):
     temporary = tmp_path / "tmp"
