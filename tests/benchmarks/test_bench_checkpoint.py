@@ -89,6 +89,7 @@ def test_what_cannot_be_measured_is_refused(capsys, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_large_checkpoint_comes_back_on_other_numbers_of_workers(tmp_path):
     out = tmp_path / "out.json"
     command = [

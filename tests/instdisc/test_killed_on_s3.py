@@ -63,6 +63,7 @@ def command(root: str, kind: str, run: Path, cache: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_from_s3_ends_bit_for_bit_like_one_from_a_folder_whatever_is_killed(server, folder, tmp_path):
     for split in ("train", "test"):

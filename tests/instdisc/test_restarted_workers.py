@@ -20,7 +20,7 @@ from cluster.phase import VARIABLE, read_phase
 from cluster.starts import starts_of
 from instdisc.runs import Run
 
-NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 400, 20
+NUM_ROWS, GLOBAL_BATCH, STEPS, EVERY = 103, 12, 240, 20
 START_TIMEOUT_S, END_TIMEOUT_S = 120, 240
 
 
