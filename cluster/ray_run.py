@@ -120,7 +120,7 @@ class _TellController(ControllerCallback):
 
 
 class _EndWorkers(WorkerGroupCallback):
-    """Ends workers before Ray Train asks them to end: of those on a dead machine it would wait 5 s for an answer."""
+    """Ends workers before Ray Train asks them to end: for those on a dead machine it waits 1 to 5 s."""
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         for worker in worker_group.get_workers():

@@ -106,7 +106,8 @@ class GroupSizing(ScalingPolicy):
         dead = self._dead(found, now_s)
         if dead:
             self._announce("failure", f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s")
-            return self._resize(room(found, dead, self._need, self._own, self._workers.most) or size, found, dead)
+            possible = room(found, dead, self._need, self._own, self._workers.most)
+            return self._resize(max(possible, self._workers.least), found, dead)
         if self._is_leaving:
             return NoopDecision()
         leaving = {machine.id for machine in found if machine.leaves_at is not None and machine.id in self._own}

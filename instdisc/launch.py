@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cluster.worker_range import WorkerRange, parse_workers
@@ -107,17 +108,9 @@ def _launch(
         )[0]
     from cluster.ray_trainer import run_on_ray
 
-    elastic = config.elastic
     return run_on_ray(
         train_worker,
-        WorkerRange(
-            least=least,
-            most=most,
-            start_settle_s=elastic.start_settle_s,
-            grow_settle_s=elastic.grow_settle_s,
-            resize_interval_s=elastic.resize_interval_s,
-            silence_s=elastic.silence_s,
-        ),
+        WorkerRange(least=least, most=most, **asdict(config.elastic)),
         config.to_json(),
         uri,
         address=address,

@@ -179,7 +179,8 @@ class Training:
             self.saves.pause()
         stop, leave = (by_rank[0][wish] and step < self.num_steps for wish in ("stop", "leave"))
         if stop or leave:
-            self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
+            if stop:  # whoever asks workers to leave says why
+                self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
             self._save_now()
             if not stop:
                 raise Preempted(step)

@@ -223,6 +223,18 @@ def test_a_machine_that_does_not_answer_for_a_while_is_replaced_and_a_hiccup_is_
     assert ray.get(world.mailbox.group.remote())[1]["kind"] == "failure"
 
 
+def test_a_machine_that_is_silent_leaves_no_group_of_fewer_than_the_least(mailbox):
+    world = World(mailbox, least=2, most=2)
+    world.machines = [machine("2", free=0), machine("3", free=0)]
+    world.start(2)
+    world.silent = {"3"}
+    assert world.running("2", "3") is None
+    assert world.running("2", "3", after_s=5) == 2  # this ends the group; there is no room for the next one yet
+    world.start(2)
+    world.machines = [machine("2"), machine("3")]
+    assert world.idle() is None
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(0, 3), st.booleans(), st.booleans())),
     st.integers(1, 4),

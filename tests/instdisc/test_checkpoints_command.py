@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from made_checkpoints import bank_of, begin, damage, held_by_another_process, leave_orphan, run_attempt, save
-from seaweed import Seaweed
 
 import instdisc
 from cluster.checkpoint import read_latest
@@ -334,22 +333,6 @@ def test_a_run_without_checkpoints_is_listed_and_has_nothing_to_verify(tmp_path,
         assert f"{store.uri} has no checkpoint yet" in capsys.readouterr().err
     assert main(["checkpoints", "ls", str(tmp_path / "nowhere")]) == 2
     assert "no run at" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    seaweed, patch = None, pytest.MonkeyPatch()
-    try:
-        seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
-        for name, value in seaweed.environment.items():
-            patch.setenv(name, value)
-        seaweed.start()
-    except FileNotFoundError as error:
-        patch.undo()
-        pytest.skip(str(error))
-    yield seaweed
-    seaweed.kill()
-    patch.undo()
 
 
 def test_a_run_on_s3_is_listed_verified_pruned_and_goes_on(server, capsys):

@@ -24,21 +24,6 @@ NUM_ROWS, GLOBAL_BATCH, STEPS = 103, 12, 200
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    try:
-        seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
-        seaweed.start()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    patch = pytest.MonkeyPatch()
-    for name, value in seaweed.environment.items():
-        patch.setenv(name, value)
-    yield seaweed
-    seaweed.kill()
-    patch.undo()
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, num in (("train", NUM_ROWS), ("val", 20)):

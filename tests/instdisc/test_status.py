@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from seaweed import Seaweed
 
 import instdisc
 from cluster.attempts import read_attempts, win_number
@@ -52,21 +51,6 @@ def finished(tmp_path_factory) -> str:
     uri = str(tmp_path_factory.mktemp("status") / "run")
     assert instdisc.fit(small(), run=uri).finished
     return uri
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    try:
-        seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
-        seaweed.start()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    patch = pytest.MonkeyPatch()
-    for name, value in seaweed.environment.items():
-        patch.setenv(name, value)
-    yield seaweed
-    seaweed.kill()
-    patch.undo()
 
 
 class CutOffError(Exception):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from seaweed import Seaweed
 
 from cluster.attempts import read_attempts
 from instdisc.runs import Run
@@ -35,21 +34,6 @@ Stepper.step = lambda self, batch: (time.sleep(0.1), step(self, batch))[1]  # lo
 sys.exit(main(sys.argv[1:]))
 """
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    try:
-        seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
-        seaweed.start()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    patch = pytest.MonkeyPatch()
-    for name, value in seaweed.environment.items():
-        patch.setenv(name, value)
-    yield seaweed
-    seaweed.kill()
-    patch.undo()
 
 
 class Board:
