@@ -13,7 +13,7 @@ from cluster.local_raylets import command_line
 
 _LISTEN = "0A"
 _RAY_PARTS = re.compile(r"/ray/(dashboard|_private|autoscaler|core|util)/|ray\.util\.client\.server")
-_OURS = re.compile(r"^(instdisc|rank-\d+)$")  # as they call themselves: see process_name.py
+_OURS = re.compile(r"^(instdisc|rank-\d+|fork-server)$")  # as they call themselves: see process_name.py
 
 
 @dataclass(frozen=True)

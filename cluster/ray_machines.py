@@ -6,9 +6,11 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import state
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PROBE_TIMEOUT_S = 2.0
 _MOST_PROBES = 32
@@ -61,6 +63,21 @@ def _answers(machine: Machine) -> bool:
     except OSError:
         return False
     return True
+
+
+def could_hold(machine: Machine, need: Mapping[str, float]) -> bool:
+    """Whether a worker that needs these resources would fit on a machine that does nothing else."""
+    return all(machine.total.get(name, 0.0) + 1e-6 >= amount for name, amount in need.items())
+
+
+def prepare(runtime_env: Mapping[str, Any], machine_id: str) -> None:
+    """Start a process with this runtime environment on a machine, and with it the fork server; do not wait for it."""
+    place = NodeAffinitySchedulingStrategy(machine_id, soft=False)
+    options: Any = {"runtime_env": dict(runtime_env), "scheduling_strategy": place, "num_cpus": 0, "max_retries": 0}
+    ray.remote(**options)(_nothing).remote()
+
+
+def _nothing() -> None: ...
 
 
 def room(

@@ -7,7 +7,8 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -16,12 +17,15 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.coordination import CoordinatorSpec
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
+from cluster.ray_fork import forked_runtime_env
+from cluster.ray_machines import prepare
 from cluster.ray_restarts import Restarts
 from cluster.ray_scaling import GroupSizing
 from cluster.ray_worker import RayTask, WorkerBackendConfig
@@ -141,6 +145,11 @@ class _Trainer(DataParallelTrainer):
         return super()._initialize_and_run_controller(**kwargs)
 
 
+def _prepare(runtime_env: dict[str, Any], machine_id: str) -> None:
+    """As `prepare`, with what Ray Train adds to the environment of its workers: others have another fork server."""
+    prepare(WorkerGroup._get_worker_runtime_env(runtime_env), machine_id)
+
+
 def start_run(
     task: RayTask,
     workers: WorkerRange,
@@ -148,10 +157,12 @@ def start_run(
     interrupts: Interrupts,
     on_event: Callable[[dict[str, Any]], None] | None,
     coordinator: CoordinatorSpec | None,
+    preload: Sequence[str],
 ) -> Any:
     """Run `task` on Ray Train workers and return rank 0's result; see `run_on_ray`."""
     scaling = ScalingConfig(num_workers=workers.most, use_gpu=task.use_gpu)
     failure = FailureConfig(max_failures=0)
+    runtime_env = forked_runtime_env(ray.get_runtime_context().runtime_env, preload)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = _Trainer(
             task.run,
@@ -160,9 +171,16 @@ def start_run(
             run_config=RunConfig(
                 storage_path=folder,
                 failure_config=failure,
+                worker_runtime_env=runtime_env,
                 callbacks=[_TellController(task.mailbox), _EndWorkers()],  # pyright: ignore[reportArgumentType] - narrow
             ),
-            sizing=GroupSizing(scaling, workers, task.mailbox, asks_for_machines=not is_private),
+            sizing=GroupSizing(
+                scaling,
+                workers,
+                task.mailbox,
+                asks_for_machines=not is_private,
+                prepare=partial(_prepare, runtime_env) if runtime_env else None,
+            ),
             restarts=Restarts(failure, task.mailbox, coordinator),
             is_private=is_private,
         )

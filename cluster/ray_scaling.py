@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import ScalingConfig
 
-from cluster.ray_machines import Machine, machines, room, silent
+from cluster.ray_machines import Machine, could_hold, machines, room, silent
 from cluster.ray_mailbox import Post
 from cluster.worker import Cause
 from cluster.worker_range import WorkerRange
@@ -33,6 +33,8 @@ MAILBOX_TIMEOUT_S = 30.0
 WAIT_S = 0.5
 """Between two looks while there is no group."""
 TELL_S = 30.0
+PREPARE_AGAIN_S = 240.0
+"""After which a machine that still waits for its first worker is prepared again; less than a fork server's `IDLE_S`."""
 RELEASE_S = 3.0
 """After which a group that nobody saw running is taken to hold the room that is missing."""
 
@@ -40,7 +42,8 @@ RELEASE_S = 3.0
 class GroupSizing(ScalingPolicy):
     """Sizes groups of workers. Lives in Ray Train's controller.
 
-    asks_for_machines: whether to tell the cluster's autoscaler how much room `most` workers need.
+    asks_for_machines: whether to tell the cluster's autoscaler how much room `most` workers need. prepare: called with
+    the ids of machines that may get workers later, so that these start sooner then.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class GroupSizing(ScalingPolicy):
         mailbox: Any,
         *,
         asks_for_machines: bool,
+        prepare: Callable[[str], None] | None = None,
         look: Callable[[], list[Machine]] = machines,
         probe: Callable[[list[Machine]], set[str]] = silent,
         clock: Callable[[], float] = time.monotonic,
@@ -58,7 +62,8 @@ class GroupSizing(ScalingPolicy):
         super().__init__(scaling_config)
         self._workers, self._mailbox, self._asks = workers, mailbox, asks_for_machines
         self._look, self._probe, self._clock, self._sleep = look, probe, clock, sleep
-        self._post = Post(mailbox)
+        self._post, self._prepare = Post(mailbox), prepare
+        self._prepared_s: dict[str, float] = {}
         self._own: Counter[str] = Counter()
         self._shunned: list[str] = []
         self._may_hold_room = self._was_started = self._is_leaving = False
@@ -87,6 +92,7 @@ class GroupSizing(ScalingPolicy):
             or self._has_settled(now_s, self._workers.start_settle_s)
         ):
             return self._resize(num_workers, found, mute)
+        self._prepare_others(found, mute, now_s)
         self._sleep(WAIT_S)
         return NoopDecision()
 
@@ -116,6 +122,7 @@ class GroupSizing(ScalingPolicy):
             return NoopDecision()
         possible = room(found, self._silent_since_s.keys(), self._need, self._own, self._workers.most)
         self._note_room(possible, now_s)
+        self._prepare_others(found, self._silent_since_s.keys(), now_s)
         is_old = now_s - self._group_since_s >= self._workers.resize_interval_s
         if possible > size and is_old and self._has_settled(now_s, self._workers.grow_settle_s):
             self._leave("resize", f"there is room for {possible} workers instead of {size}")
@@ -167,6 +174,15 @@ class GroupSizing(ScalingPolicy):
     def _note_room(self, num_workers: int, now_s: float) -> None:
         if num_workers != self._best_room:
             self._best_room, self._best_since_s = num_workers, now_s
+
+    def _prepare_others(self, found: list[Machine], mute: Collection[str], now_s: float) -> None:
+        """Prepare machines that stay, could hold a worker and have none of ours."""
+        for machine in found:
+            is_due = now_s - self._prepared_s.get(machine.id, -float("inf")) >= PREPARE_AGAIN_S
+            may_come = machine.leaves_at is None and machine.id not in mute and machine.id not in self._own
+            if self._prepare is not None and is_due and may_come and could_hold(machine, self._need):
+                self._prepared_s[machine.id] = now_s
+                self._prepare(machine.id)
 
     def _has_settled(self, now_s: float, settle_s: float) -> bool:
         return now_s - self._best_since_s >= settle_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -29,6 +29,7 @@ def run_on_ray(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     threads_per_worker: int | None = None,
     quiet: bool = True,
+    preload: Sequence[str] = (),
     coordinator: CoordinatorSpec | None = None,
 ) -> Any:
     """Run `fn(worker, *args)` on Ray Train workers and return rank 0's result.
@@ -46,6 +47,8 @@ def run_on_ray(
         on_event: called here, a fraction of a second late, with what rank 0 gives to `Worker.emit`.
         threads_per_worker: default: the worker machine's usable cores, divided among its workers.
         quiet: print nothing of Ray's.
+        preload: modules that the workers would import anyway: each machine imports them once, see `ray_fork_server`.
+            Importing them must start no threads.
         coordinator: of the checkpoints of a run: an actor beside the driver for the time of the call, which Ray starts
             again if it dies. Workers call it through `Worker.coordinator`.
 
@@ -82,7 +85,7 @@ def run_on_ray(
             import_path=import_path,
         )
         try:
-            return start_run(task, workers, is_private, interrupts, on_event, coordinator)
+            return start_run(task, workers, is_private, interrupts, on_event, coordinator, preload)
         finally:
             if actor is not None:
                 close_coordinator(actor)

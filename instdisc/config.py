@@ -14,13 +14,12 @@ from typing import Any
 
 from dataloading.augment import AugmentConfig
 from instdisc.config_elastic import ElasticConfig
+from instdisc.config_method import BankConfig, ObjectiveConfig
 from instdisc.config_sections import (
-    BankConfig,
     CheckpointConfig,
     DataConfig,
     EvalConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     SystemConfig,
     check,

@@ -99,10 +99,10 @@ def _launch(
     if on_event:
         on_event({"kind": "phase", "text": _starting(least, most, launcher, address)})
     coordinator = Run(uri).coordinator(config)
+    preload = ("instdisc.train.loop",)
     if most == 0 or launcher == "local":
         from cluster.worker import run_local
 
-        preload = ("instdisc.train.loop",)
         return run_local(
             train_worker, most, config.to_json(), uri, on_event=on_event, preload=preload, coordinator=coordinator
         )[0]
@@ -115,6 +115,7 @@ def _launch(
         uri,
         address=address,
         on_event=on_event,
+        preload=preload,
         coordinator=coordinator,
     )
 

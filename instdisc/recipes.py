@@ -11,13 +11,13 @@ from typing import Any
 
 from dataloading.augment import AugmentConfig
 from instdisc.config import TrainConfig, flatten
+from instdisc.config_method import ObjectiveConfig
 from instdisc.config_sections import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
     EvalConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     SystemConfig,
 )

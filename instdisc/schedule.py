@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from instdisc.config_sections import BankConfig, OptimConfig
+from instdisc.config_method import BankConfig
+from instdisc.config_sections import OptimConfig
 
 
 def num_steps(config: OptimConfig, num_rows: int) -> int:

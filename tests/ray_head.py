@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+from families import family
 
 ADDRESS = "127.0.0.2"
 """Ray replaces 127.0.0.1 by the address of the network card."""
@@ -115,7 +116,7 @@ class RayHead:
         assert self.process is not None
         with contextlib.suppress(psutil.NoSuchProcess):
             head = psutil.Process(self.process.pid)
-            return [*head.children(recursive=True), head]
+            return [*family(head.pid), head]
         return []
 
     def drivers(self, argument: str) -> list[psutil.Process]:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+from families import family
 
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"
 START_TIMEOUT_S = 120
@@ -44,14 +45,14 @@ def start_node(stack, folder, host, environment, *arguments):
 
 def end(node):
     """Kill a node and whatever it started."""
-    family = []
+    processes = family(node.pid)
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
-    for process in family:
+        processes.append(psutil.Process(node.pid))
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     node.wait(timeout=30)
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(processes, timeout=30)
 
 
 class TwoNodes:

@@ -32,7 +32,7 @@ from instdisc.benchmark.environment import environment
 from instdisc.benchmark.pairing import BenchmarkError, Contestant, Say, alternate, paired_result, sweep, timed_trial
 from instdisc.benchmark.peak_memory import HOW, peak_bytes
 from instdisc.benchmark.plain_bank import PlainBank
-from instdisc.config_sections import ObjectiveConfig
+from instdisc.config_method import ObjectiveConfig
 from instdisc.memory_bank import DTYPES, ShardedMemoryBank
 
 SWEEP_ROUNDS = 3

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cluster.collectives import all_gather_rows, rank, start_all_gather_rows, world_size
 from instdisc.benchmark.plain_bank import PlainBank
-from instdisc.config_sections import ObjectiveConfig
+from instdisc.config_method import ObjectiveConfig
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.objectives.normalizer import Normalizer
 from instdisc.objectives.softmax import softmax_losses

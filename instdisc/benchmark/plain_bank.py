@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instdisc.config_sections import ObjectiveConfig
+from instdisc.config_method import ObjectiveConfig
 
 
 class PlainBank:

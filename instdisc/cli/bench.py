@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
-from instdisc.config_sections import BANK_DTYPES, OBJECTIVES, ObjectiveConfig
+from instdisc.config_method import BANK_DTYPES, OBJECTIVES, ObjectiveConfig
 
 CHECKPOINT_PARTS = ("throughput", "steps", "memory")
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from instdisc.config_sections import MIN_SUM_TEMPERATURE
+from instdisc.config_method import MIN_SUM_TEMPERATURE
 from instdisc.objectives.blocks import sample_blocks
 
 MAX_LOG_ODDS = 80.0

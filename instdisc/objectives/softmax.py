@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows, gather_counts, reduce_scatter_rows
-from instdisc.config_sections import MIN_SUM_TEMPERATURE
+from instdisc.config_method import MIN_SUM_TEMPERATURE
 from instdisc.memory_bank import ShardedMemoryBank
 
 SCORE_BYTES = 256 * 2**20

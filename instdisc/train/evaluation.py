@@ -18,6 +18,13 @@ from instdisc.embedding import embed_rows, share
 from instdisc.evaluate.knn import Neighbours, nearest_sharded, top1
 from instdisc.train.state import TrainState, autocast_dtype
 
+CHECK_BATCHES = 8
+"""Batches of an embedding between two looks at whether the workers are asked to end."""
+
+
+class EvaluationInterrupted(Exception):
+    """The workers are asked to return or to leave; raised on every rank, with nothing evaluated."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -42,7 +49,11 @@ class KnnEvaluator:
             self._labels_R = torch.from_numpy(labels[self._own.start : self._own.stop].copy())
 
     def evaluate(self, state: TrainState) -> Evaluation:
-        """Return "knn_top1" (gallery re-encoded by the present encoder) and "knn_bank_top1" (the bank). Collective."""
+        """Return "knn_top1" (gallery re-encoded by the present encoder) and "knn_bank_top1" (the bank). Collective.
+
+        Raises:
+            EvaluationInterrupted: a spot machine's notice can be shorter than the embedding of all images.
+        """
         queries_QD = self._gathered(self._embed(state, self._test, "test"))
         gallery_RD = self._embed(state, self._train, "training")
         neighbours = self._nearest(queries_QD, gallery_RD)
@@ -65,9 +76,12 @@ class KnnEvaluator:
         return ((pixels_NHWC / 255 - mean) / std).flatten(1).to(self._worker.device)
 
     def _embed(self, state: TrainState, dataset: Dataset, name: str) -> Tensor:
-        worker = self._worker
+        worker, batch = self._worker, self._config.eval.batch
+        fewest = dataset.index.num_rows // worker.world_size  # rows of the rank that has the fewest
 
         def progress(done: int, total: int) -> None:
+            if done <= fewest and done % (batch * CHECK_BATCHES) == 0:  # on every rank or on none
+                self._check_interrupt()
             worker.emit({"kind": "phase", "text": f"embedding {name} images: {done:,} of {total:,} of rank 0"})
 
         return embed_rows(
@@ -80,6 +94,11 @@ class KnnEvaluator:
             autocast=autocast_dtype(self._config, worker.device),
             on_progress=progress,
         )
+
+    def _check_interrupt(self) -> None:
+        worker = self._worker
+        if worker.all_gather_object(worker.stop_requested() or worker.leave_requested())[0]:
+            raise EvaluationInterrupted
 
     def _gathered(self, features_RD: Tensor) -> Tensor:
         worker = self._worker

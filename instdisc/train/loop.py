@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from instdisc.config import TrainConfig
 from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, num_steps
 from instdisc.train.bank_health import BankHealth, measure
-from instdisc.train.evaluation import Evaluation, KnnEvaluator
+from instdisc.train.evaluation import Evaluation, EvaluationInterrupted, KnnEvaluator
 from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
 from instdisc.train.metrics import check_collapse, check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
@@ -98,8 +99,14 @@ class Training:
         self._report_bad_images([])  # those that the index knows
         if self.worker.all_gather_object(self.worker.stop_requested())[0]:
             return self._result(finished=False)
-        if self.state.step == 0 and self.config.eval.baselines:
-            self._baselines()
+        try:
+            if self.state.step == 0 and self.config.eval.baselines:
+                self._baselines()
+            elif self._evaluation_due() and not self._is_evaluated():
+                self._evaluate()  # the workers before this group left in the middle of it
+        except EvaluationInterrupted:
+            self._end_early(self._wishes())
+            return self._result(finished=False)
         self.monitor.start(self.state.step)
         self.saves.start(self.state.step)
         self._next_look = self.state.step + 1
@@ -112,7 +119,12 @@ class Training:
             enter(Phase.STEP, self.state.step)
             if self._has_appointment() and self._look():
                 return self._result(finished=False)
-        evaluation = self._evaluate()
+        try:
+            evaluation = self._evaluate()
+        except EvaluationInterrupted:
+            self._save_now()
+            self._end_early(self._wishes())
+            return self._result(finished=False)
         self._save_now()
         self._finish(evaluation)
         return self._result(finished=True)
@@ -145,6 +157,20 @@ class Training:
         passed = [math.floor(s * self.config.optim.global_batch / self.num_rows / every) for s in (step - 1, step)]
         return passed[1] > passed[0]
 
+    def _is_evaluated(self) -> bool:
+        """Whether this step has its evaluation."""
+        return any(at == self.state.step for at, _ in self.state.curves.get("knn_top1", []))
+
+    def _wishes(self) -> dict[str, bool]:
+        """Return what the workers are asked for. Collective."""
+        own = {"stop": self.worker.stop_requested(), "leave": self.worker.leave_requested()}
+        return self.worker.all_gather_object(own)[0]  # signals reach ranks at different times: rank 0's count
+
+    def _end_early(self, wishes: dict[str, bool]) -> None:
+        """Raise Preempted unless the workers are to return."""
+        if wishes["leave"] and not wishes["stop"]:
+            raise Preempted(self.state.step)
+
     def _look(self) -> bool:
         """Read the metrics, evaluate and save what is due; return whether to stop. Collective."""
         step = self.state.step
@@ -174,19 +200,22 @@ class Training:
             self.state, by_rank, learning_rate(self.config.optim, step - 1, self.num_rows), len(self.bad_images)
         )
         self.monitor.saved(self.saves.ended([read["saves"] for read in by_rank]))
-        if self._evaluation_due():
-            self._evaluate()
+        wishes = {wish: by_rank[0][wish] for wish in ("stop", "leave")}
+        if self._evaluation_due() and not any(wishes.values()):
+            with contextlib.suppress(EvaluationInterrupted):
+                self._evaluate()
             self.saves.pause()
-        stop, leave = (by_rank[0][wish] and step < self.num_steps for wish in ("stop", "leave"))
-        if stop or leave:
-            if stop:  # whoever asks workers to leave says why
-                self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
-            self._save_now()
-            if not stop:
-                raise Preempted(step)
-        elif step < self.num_steps:
+            wishes = self._wishes()
+        if step == self.num_steps:
+            return False
+        if not any(wishes.values()):
             self.monitor.saved(self.saves.save_if_due(self.state, [read["saves"] for read in by_rank]))
-        return stop
+            return False
+        if wishes["stop"]:  # whoever asks workers to leave says why
+            self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
+        self._save_now()
+        self._end_early(wishes)
+        return True
 
     def _report_bad_images(self, by_rank: Sequence[dict[str, Any]]) -> None:
         """Take note of the images that failed since the last look, and end the run where they are too many."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows
-from instdisc.config_sections import ObjectiveConfig
+from instdisc.config_method import ObjectiveConfig
 from instdisc.hard_negatives import nearest_owned
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.negatives import negative_indices_of_each

@@ -11,7 +11,7 @@ from instdisc.bank_storage import start_rows
 from instdisc.benchmark.bank_steps import Batches, OurBankSteps, PlainBankSteps, Trials
 from instdisc.benchmark.plain_bank import PlainBank
 from instdisc.cli.main import main
-from instdisc.config_sections import ObjectiveConfig
+from instdisc.config_method import ObjectiveConfig
 from instdisc.memory_bank import ShardedMemoryBank
 
 SMALL = ["--rows", "3000", "--dim", "16", "--negatives", "64", "--batch", "8", "--trials", "2", "--steps", "2"]

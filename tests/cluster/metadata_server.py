@@ -14,7 +14,7 @@ LEAST_TTL_S, MOST_TTL_S = 1, 21600
 
 
 class MetadataServer:
-    """Serves on a port of loopback. What it says is set on the object, at any time; port: to come back at the same one.
+    """Serves on a port of `host`. What it says is set on the object, at any time; port: to come back at the same one.
 
     Attributes:
         texts: what stands at each path; everything else is 404.
@@ -23,17 +23,17 @@ class MetadataServer:
         requests: (method, path, status) of each request.
     """
 
-    def __init__(self, cloud: str, port: int = 0):
+    def __init__(self, cloud: str, port: int = 0, host: str = "127.0.0.1"):
         self.cloud = cloud
         self.texts: dict[str, str] = {}
         self.delay_s = self.trickle_s = 0.0
         self.token_life_s: float | None = None
         self.requests: list[tuple[str, str, int]] = []
         self.tokens: dict[str, float] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._server = ThreadingHTTPServer((host, port), _handler(self))
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def __enter__(self) -> MetadataServer:

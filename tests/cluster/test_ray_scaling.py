@@ -21,10 +21,11 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from cluster.attempts import record_start, win_number
 from cluster.coordination import CoordinatorSpec
 from cluster.failures import Preempted, describe
+from cluster.ray_fork_server import IDLE_S
 from cluster.ray_machines import Machine, room
 from cluster.ray_mailbox import Order, Orders, Post, start_mailbox
 from cluster.ray_restarts import MOST_RESTARTS, Restarts
-from cluster.ray_scaling import RELEASE_S, WAIT_S, GroupSizing
+from cluster.ray_scaling import PREPARE_AGAIN_S, RELEASE_S, WAIT_S, GroupSizing
 from cluster.ray_session import ray_session
 from cluster.store import Store, StoreError
 from cluster.worker_range import WorkerRange, parse_workers
@@ -56,6 +57,7 @@ class World:
     def __init__(self, mailbox, least=1, most=4, asks_for_machines=False, **times) -> None:
         self.machines: list[Machine] = []
         self.silent: set[str] = set()
+        self.prepared: list[str] = []
         self.now_s, self.slept_s = 1000.0, 0.0
         self.mailbox = mailbox
         defaults = {"start_settle_s": 10, "grow_settle_s": 20, "resize_interval_s": 100, "silence_s": 5}
@@ -64,6 +66,7 @@ class World:
             WorkerRange(least=least, most=most, **{**defaults, **times}),
             mailbox,
             asks_for_machines=asks_for_machines,
+            prepare=self.prepared.append,
             look=lambda: self.machines,
             probe=lambda found: {m.id for m in found} & self.silent,
             clock=lambda: self.now_s,
@@ -121,6 +124,29 @@ def test_the_first_group_waits_for_machines_that_come_one_after_the_other_and_no
     assert world.idle() == 3
     assert world.slept_s == 4 * WAIT_S
     assert world.told() == [f"waiting for machines: room for {n} of at least 2 workers" for n in (0, 1)]
+
+
+def test_machines_that_wait_for_their_first_worker_are_prepared_once_in_a_while(mailbox):
+    world = World(mailbox, least=2, most=4, grow_settle_s=1000)
+    world.machines = [machine("2"), machine("3", cpus=0)]
+    world.silent = {"4"}
+    assert world.idle() is None
+    assert world.prepared == ["2"], "a machine without room for a worker needs none"
+    world.machines += [machine("4"), machine("5", leaves_at=9000.0)]
+    assert world.idle(after_s=1) is None
+    assert world.prepared == ["2"]
+    world.silent = set()
+    assert world.idle(after_s=9) is None
+    assert world.idle(after_s=10) == 2
+    assert world.prepared == ["2", "4"], "a group that starts now prepares its machines itself"
+    world.start(2)
+    world.machines = [machine("2", free=0), machine("4", free=0), machine("6")]
+    assert world.running("2", "4") is None
+    assert world.running("2", "4", after_s=PREPARE_AGAIN_S - 1) is None
+    assert world.prepared == ["2", "4", "6"]
+    assert world.running("2", "4", after_s=1) is None
+    assert world.prepared == ["2", "4", "6", "6"]
+    assert PREPARE_AGAIN_S + 30 < IDLE_S, "else the machine's fork server is gone before"
 
 
 def test_after_a_failure_the_next_group_is_as_large_as_the_machines_allow_and_starts_at_once(mailbox):

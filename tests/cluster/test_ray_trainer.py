@@ -49,17 +49,18 @@ def fail_on_rank_1(worker):
 
 
 DRIVER = """
-import json, psutil, signal, threading
+import json, os, psutil, signal, threading
 from cluster.open_ports import open_ports
 from cluster.ray_session import ray_session
 from cluster.ray_trainer import run_on_ray
+from families import family
 from test_ray_trainer import RecipeError, fail_on_rank_1, sum_ranks
 
 def stop(event):
     events.append(event)
-    started.extend(psutil.Process().children(recursive=True))
-    family = {process.pid: process.name() for process in [psutil.Process(), *started]}
-    ports.extend([port.role, port.host] for port in open_ports(family))
+    started.extend(family(os.getpid()))
+    names = {process.pid: process.name() for process in [psutil.Process(), *started]}
+    ports.extend([port.role, port.host] for port in open_ports(names))
     signal.raise_signal(signal.SIGINT)
 
 if __name__ == "__main__":
@@ -72,7 +73,7 @@ if __name__ == "__main__":
         except RecipeError as caught:
             error = [caught.name, *caught.__notes__]
         threads = [thread.name for thread in threading.enumerate()]  # one that uses a Ray shut down ends the process
-    started.extend(psutil.Process().children(recursive=True))
+    started.extend(family(os.getpid()))
     _, left = psutil.wait_procs(started, timeout=5)
     left = [process.name() for process in left]
     restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -85,7 +86,7 @@ def test_a_run_on_a_private_ray(tmp_path):
     """One process, one Ray: collectives, events, Ctrl-C, an error, silence, and nothing left over."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    path = os.pathsep.join(map(str, (Path(__file__).parent, *Path(__file__).parents[1:3])))
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, str(script)],

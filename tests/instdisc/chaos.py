@@ -1,11 +1,12 @@
 """A training run on a cluster whose machines come and go, die, are cut off and lose their storage: it finishes.
 
-    PYTHONPATH=tests python tests/instdisc/chaos.py FOLDER --events kill join drain join cut coordinator head s3
-    PYTHONPATH=tests python tests/instdisc/chaos.py FOLDER --random 20 --seed 1
+    PYTHONPATH=tests:tests/cluster python tests/instdisc/chaos.py FOLDER --events kill join drain join cut head s3
+    PYTHONPATH=tests:tests/cluster python tests/instdisc/chaos.py FOLDER --random 20 --seed 1
 
 Hosts are network namespaces with a Ray node each; the run lies on a real S3 server; `instdisc submit` sends it from
-outside. Events come from outside by wall clock. Afterwards every row's last write is compared with the stream. Results
-are added to FOLDER/events.jsonl; FOLDER/report.json sums up what is there. Needs root, for the namespaces.
+outside. Events come from outside by wall clock. Afterwards every row's last write is compared with the stream, in
+checkpoints of every epoch. Results are added to FOLDER/events.jsonl; FOLDER/report.json sums up what is there. Needs
+root, for the namespaces.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from typing import Any
 
 import psutil
 import ray_hosts
+from metadata_server import MetadataServer
 from ray_hosts import Host, Hosts
 from seaweed import Seaweed
 
 from cluster.attempts import read_history
-from cluster.checkpoint import read_latest
+from cluster.checkpoint_reader import Checkpoint
+from cluster.inventory import take_stock
 from cluster.phase import VARIABLE, read_phase
 from cluster.store import Store
 from dataloading.stream import last_steps
@@ -119,15 +122,21 @@ class Chaos:
         os.environ.update(self.server.environment)
         self.hosts: Hosts | None = None
         self.down: list[Host] = []
+        self.clouds: dict[Host, MetadataServer] = {}
+        """What hosts that are watched hear from their cloud."""
 
     def run(self, kinds: Iterable[str]) -> dict[str, Any]:
         """Train to the end through events of these kinds; return what the run came to."""
+        kinds = list(kinds)
         self.server.start()
         try:
             with ray_hosts.cluster(_short(self.folder), self.environment, WORKERS) as self.hosts:
                 with open(self.folder / "submit.log", "ab") as log:
                     job = subprocess.Popen(self._command(), env=self.hosts.environment, stdout=log, stderr=log)
                 self._wait(lambda: len(self.steps.living()) == WORKERS and self.steps.newest() > 2 * EVERY, job)
+                if "notice" in kinds:
+                    for host in self.hosts.workers:
+                        self._watch(host)
                 for kind in kinds:
                     time.sleep(self.chance.uniform(2, 8))
                     if job.poll() is not None:
@@ -147,6 +156,7 @@ class Chaos:
             *("--run", self.uri, "--workers", f"1..{WORKERS}", "--checkpoint.every_steps", str(EVERY)),
             *("--checkpoint.every_minutes", "none", "--checkpoint.overlap", "wait", "--eval.every_epochs", "0"),
             *("--optim.epochs", str(self.num_steps * 128 / 4000), "--eval.baselines", "no"),
+            *("--checkpoint.keep_every_steps", str(EVERY)),
             *("--elastic.start_settle_s", "20", "--elastic.grow_settle_s", "5", "--elastic.resize_interval_s", "15"),
         ]
 
@@ -203,12 +213,29 @@ class Chaos:
         timer.start()
         return timer.join
 
+    def _watch(self, host: Host) -> None:
+        """Start the daemon that a node of ray_config.yaml has, and what it asks."""
+        assert self.hosts is not None
+        cloud = self.clouds[host] = MetadataServer("aws", host=f"{ray_hosts.SUBNET}.{ray_hosts.OUTSIDE}")
+        command = [sys.executable, "-m", "cluster.spot_watch", "--node-ip", host.address, "--metadata-url", cloud.url]
+        with open(self.folder / "spot_watch.log", "ab") as log:
+            subprocess.Popen(host.command(command), env=host.environment, stdout=log, stderr=log)
+
+    def _notice(self, victim: Host) -> Callable[[], None]:
+        self.clouds[victim].interrupt("terminate", time.time() + DRAIN_S)
+        self.down.append(victim)
+        timer = threading.Timer(DRAIN_S, victim.kill)
+        timer.start()
+        return timer.join
+
     def _join(self, victim: Host) -> Callable[[], None]:
         assert self.hosts is not None
         del victim
         host = self.down.pop()
         host.kill()
         host.start_ray(self.hosts.head, self.hosts.num_cpus)
+        if self.clouds:
+            self._watch(host)
         return lambda: None
 
     def _cut(self, victim: Host) -> Callable[[], None]:
@@ -242,6 +269,8 @@ class Chaos:
         for host in self.hosts.workers:
             if host not in self.down:
                 host.start_ray(self.hosts.head, self.hosts.num_cpus)
+                if self.clouds:
+                    self._watch(host)
         return lambda: None
 
     def _s3(self, victim: Host) -> Callable[[], None]:
@@ -261,15 +290,16 @@ class Chaos:
     def _check(self) -> dict[str, Any]:
         """Compare the end with the stream: every row's last write, the number of steps; return the kNN accuracy."""
         store = Store(f"{self.uri}/checkpoints")
-        last = read_latest(store)
-        assert last is not None
         result = json.loads(Store(self.uri).get("results.json"))
         steps = result["num_steps"]
-        assert (last.step, result["step"]) == (steps, steps)
-        rows = last.rows("bank_last_step")
-        assert rows.tolist() == last_steps(len(rows), 0, 128, steps).tolist()
+        chain = [Checkpoint(store, entry.manifest) for entry in take_stock(store).usable if entry.manifest is not None]
+        assert (max(kept.step for kept in chain), result["step"]) == (steps, steps)
+        for kept in chain:  # less than an epoch apart
+            rows = kept.rows("bank_last_step")
+            assert rows.tolist() == last_steps(len(rows), 0, 128, kept.step).tolist(), kept.step
         attempts = len(read_history(store).attempts)
-        return {"trial": self.trial, "steps": steps, "attempts": attempts, "knn": result["metrics"]["knn_top1"][-1][1]}
+        knn = result["metrics"]["knn_top1"][-1][1]
+        return {"trial": self.trial, "steps": steps, "attempts": attempts, "checkpoints": len(chain), "knn": knn}
 
 
 def random_events(chance: random.Random, number: int) -> list[str]:

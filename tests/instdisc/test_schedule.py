@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from instdisc.config_sections import BankConfig, OptimConfig
+from instdisc.config_method import BankConfig
+from instdisc.config_sections import OptimConfig
 from instdisc.schedule import bank_momentum, learning_rate, num_steps
 
 

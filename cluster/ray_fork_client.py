@@ -1,0 +1,117 @@
+"""Starts a Ray worker by a fork of the machine's fork server; the raylet runs this in place of the worker's Python.
+
+    python -m cluster.ray_fork_client MODULE… -- SCRIPT ARGUMENT…
+
+Ends with 0 once the worker is forked. Any other end means that nothing was forked, and that the caller should start
+the script itself. The first call on a machine starts the server, so that its imports are done once for all workers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster.process_group import thread_environment
+from cluster.ray_fork import READY, ForkRequest, is_own_user, send_request
+
+READY_TIMEOUT_S = 40.0
+"""For the server's imports; Ray gives a worker process 60 s to come up."""
+ANSWER_TIMEOUT_S = 5.0
+BACKLOG = 256
+_WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # one that pyarrow, imported by Ray, starts
+_RAYLET_PID = "RAY_RAYLET_PID"
+_SOCKET_OPTION = "--object-store-name="
+
+
+def main(arguments: list[str]) -> int:
+    """Return 0 if a worker was forked."""
+    split = arguments.index("--")
+    modules, command = arguments[:split], arguments[split + 1 :]
+    request = ForkRequest(command, dict(os.environ), os.getcwd())
+    try:
+        with _connection(modules, request) as connection:
+            connection.settimeout(READY_TIMEOUT_S)
+            if not is_own_user(connection) or connection.recv(len(READY)) != READY:
+                return 1
+            connection.settimeout(ANSWER_TIMEOUT_S)
+            send_request(connection, request)
+            return 0 if connection.recv(1) else 1
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        print(f"no fork server ({error!r}): this worker starts by itself", file=sys.stderr)
+        return 1
+
+
+def _connection(modules: list[str], request: ForkRequest) -> socket.socket:
+    """Connect to the server for such workers, started now if there is none."""
+    plasma = next(a for a in request.command if a.startswith(_SOCKET_OPTION)).removeprefix(_SOCKET_OPTION)
+    place = Path(plasma).parent / f"fork-{_key(modules, request)}"
+    try:
+        return _connect(place)
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    with open(f"{place}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return _connect(place)  # another worker's client was faster
+        except (FileNotFoundError, ConnectionRefusedError):
+            place.unlink(missing_ok=True)
+            _start_server(place, modules, request.environment)
+            return _connect(place)
+
+
+def _key(modules: list[str], request: ForkRequest) -> str:
+    """Name what the server's imports depend on: the program, its folder and the environment (a job has its own)."""
+    named = [sys.executable, request.folder, modules, sorted(request.environment.items())]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
+
+
+def _connect(place: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(place))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _start_server(place: Path, modules: list[str], environment: dict[str, str]) -> None:
+    """Start the server with a socket that listens already: who connects waits until the imports are done."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        mask = os.umask(0o177)
+        try:
+            listening.bind(str(place))
+        finally:
+            os.umask(mask)
+        listening.listen(BACKLOG)
+        log = place.parent.parent / "logs" / f"{place.name}.log"
+        with open(log if log.parent.is_dir() else os.devnull, "ab") as output:
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "cluster.ray_fork_server",
+                    str(listening.fileno()),
+                    environment[_RAYLET_PID],
+                    str(place),
+                    *modules,
+                ],
+                env={**environment, **thread_environment(1), **_WITHOUT_THREADS},
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.exit(main(sys.argv[1:]))

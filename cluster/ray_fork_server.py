@@ -1,0 +1,200 @@
+"""A machine's fork server: imports once what every worker of a run needs, and forks Ray's workers from there.
+
+A worker of Ray imports Ray, Ray Train, torch and the training loop, seconds of processor time, before it does anything;
+after a failure all workers of a run do so at once. Here they come in milliseconds, and share the memory of what was
+imported. The server forks while it has one thread and before anything uses torch, CUDA or Ray, which is what makes a
+fork safe, and before Ray draws random numbers, or all workers would draw the same. It looks whether it is so, and
+otherwise refuses to serve: workers then start as Ray starts them.
+
+It ends with the raylet, or after `IDLE_S` without a worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+
+from cluster.process_name import set_process_name
+from cluster.ray_fork import READY, ForkRequest, is_own_user, receive_request
+
+IDLE_S = 300.0
+"""Longer than a run usually waits for machines between two groups of workers."""
+REQUEST_TIMEOUT_S = 5.0
+NAME = "fork-server"
+
+
+class ForkServer:
+    """Forks for everybody who asks at a listening unix socket, until the raylet ends or nobody is left."""
+
+    def __init__(self, listening: socket.socket, raylet_pid: int) -> None:
+        self._listening = listening
+        self._raylet = os.pidfd_open(raylet_pid)
+        self._woken, self._wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._children: set[int] = set()
+        self._idle_since_s = time.monotonic()
+
+    def serve(self) -> ForkRequest | None:
+        """Return None at the end; return in each forked process what it is to become, with its streams in place."""
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
+        poll = select.poll()
+        for fd in (self._listening.fileno(), self._raylet, self._woken):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in poll.poll(int(IDLE_S * 1000))}
+            if self._raylet in ready:
+                return None
+            if self._woken in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._woken, 4096)
+            self._reap()
+            if self._listening.fileno() in ready:
+                request = self._answer()
+                if request is not None:
+                    return request
+            elif not self._children and time.monotonic() - self._idle_since_s >= IDLE_S:
+                return None
+
+    def _reap(self) -> None:
+        """Let ended workers go: a raylet that ended one waits until it is gone."""
+        for pid in list(self._children):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._children.remove(pid)
+                self._idle_since_s = time.monotonic()
+
+    def _answer(self) -> ForkRequest | None:
+        """Fork for one client; return its request in the forked process."""
+        connection, _ = self._listening.accept()
+        with connection:
+            connection.settimeout(REQUEST_TIMEOUT_S)
+            try:
+                if not is_own_user(connection):
+                    return None
+                connection.sendall(READY)  # who has waited too long is gone, and nothing may be forked for it
+                request, streams = receive_request(connection)
+            except (OSError, ValueError, TypeError):
+                return None
+            pid = os.fork()
+            if pid == 0:
+                self._leave(streams)
+                return request
+            for stream in streams:
+                os.close(stream)
+            self._children.add(pid)
+            with contextlib.suppress(OSError):
+                connection.sendall(READY)
+        return None
+
+    def _leave(self, streams: list[int]) -> None:
+        """In the forked process: let go of what is the server's, and take the worker's streams."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self._listening.close()
+        for fd in (self._raylet, self._woken, self._wakes):
+            os.close(fd)
+        for target, stream in enumerate(streams):
+            os.dup2(stream, target)
+            os.close(stream)
+
+
+def become(request: ForkRequest) -> None:
+    """Run the script as Python would have, had it been started for it."""
+    os.setsid()
+    os.chdir(request.folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    set_process_name("python")
+    gc.enable()
+    atexit.register(gc.unfreeze)  # or C++ libraries take what is left at the end for leaks, and say so
+    _draw_anew()
+    sys.argv = list(request.command)
+    sys.path[0] = os.path.dirname(request.command[0])
+    runpy.run_path(request.command[0], run_name="__main__")
+
+
+def _draw_anew() -> None:
+    """Seed what would draw the same numbers in all forked processes; Python's own generators do so by themselves."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()
+
+
+def why_not() -> str | None:
+    """Return why this process must not fork workers; None where it may."""
+    num_threads = len(os.listdir("/proc/self/task"))  # those of C libraries as well
+    if num_threads != 1:
+        return f"found {num_threads} threads after the imports, expected 1"
+    if _drawn_in_a_fork() == _drawn_in_a_fork():
+        return "found the same ids of Ray in two forked processes, expected different ones"
+    return None
+
+
+def _drawn_in_a_fork() -> bytes:
+    from ray import ObjectID
+
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writing, ObjectID.from_random().binary())
+        os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as drawn:
+        found = drawn.read()
+    os.waitpid(pid, 0)
+    return found
+
+
+def _import(modules: Sequence[str]) -> None:
+    """Import the modules without a use of Ray's generator, from which its modules draw ids of their actor classes."""
+    import ray.actor
+    from ray import ActorClassID
+
+    class FromTheSystem:
+        @staticmethod
+        def from_random() -> ActorClassID:
+            return ActorClassID(os.urandom(ActorClassID.size()))
+
+    ray.actor.ActorClassID = FromTheSystem  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    finally:
+        ray.actor.ActorClassID = ActorClassID  # pyright: ignore[reportPrivateImportUsage]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Import and serve: LISTENING_FD RAYLET_PID SOCKET MODULE…."""
+    listening_fd, raylet_pid, place, *modules = arguments
+    set_process_name(NAME)
+    gc.disable()
+    request = None
+    with socket.socket(fileno=int(listening_fd)) as listening:
+        try:
+            _import(modules)
+            problem = why_not()
+            if problem is None:
+                gc.collect()
+                gc.freeze()  # collections in workers would otherwise write to, and so copy, the shared pages
+                request = ForkServer(listening, int(raylet_pid)).serve()
+            else:
+                print(f"{problem}: workers start by themselves")
+        finally:
+            if request is None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(place)  # before the socket is closed: the place may then be another server's
+    if request is not None:
+        become(request)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
