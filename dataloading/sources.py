@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from dataloading.cache import ShardCache
 from dataloading.choices import REMOTE_KINDS, SOURCE_KINDS
 from dataloading.cifar import KINDS, cifar_root, open_cifar
 from dataloading.folder import list_folder, open_folder
@@ -63,7 +64,7 @@ def open_dataset(
     kind, root = _resolve(kind, root, split, max_rows, storage)
     rows: _Rows = {"max_rows": max_rows, "index": index}
     if kind == "demo":
-        return _open_demo(split, max_rows, index)
+        return _open_demo(split, max_rows, index, None if storage is None else storage.cache)
     if kind == "packed":
         return open_packed(root, split, **rows, on_progress=on_progress, storage=storage)
     if kind == "webdataset":
@@ -227,10 +228,10 @@ def _unknown(path: Path) -> DatasetError:
     )
 
 
-def _open_demo(split: str, max_rows: int | None, index: DatasetIndex | None) -> Dataset:
-    from dataloading.demo import CLASS_NAMES, demo_images
+def _open_demo(split: str, max_rows: int | None, index: DatasetIndex | None, cache: ShardCache | None) -> Dataset:
+    from dataloading.demo import CLASS_NAMES, demo_images, kept_demo_images
 
-    pixels_NHWC, labels_N = demo_images(split)
+    pixels_NHWC, labels_N = demo_images(split) if cache is None else kept_demo_images(split, cache)
     pixels_NHWC, labels_N = pixels_NHWC[:max_rows], labels_N[:max_rows]
     names = (f"{split}/{row}" for row in range(len(labels_N)))
     dataset = dataset_of_pixels(f"demo ({split})", pixels_NHWC, labels_N, CLASS_NAMES, names)

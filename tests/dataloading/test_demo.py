@@ -1,9 +1,12 @@
 import hashlib
+import multiprocessing
 
 import numpy as np
 import pytest
 
-from dataloading.demo import CLASS_NAMES, NUM_ROWS, demo_images, demo_rows
+from dataloading import demo
+from dataloading.cache import ShardCache
+from dataloading.demo import CLASS_NAMES, NUM_ROWS, demo_images, demo_rows, kept_demo_images
 from dataloading.demo_shapes import MOTIFS, angle, cosine, sine
 
 
@@ -107,3 +110,50 @@ def test_an_unknown_split_or_row_is_refused():
         demo_images("validation")
     with pytest.raises(ValueError, match="found 1000, expected 0 to 999"):
         demo_rows("test", [3, 1000])
+
+
+def kept(folder, results):
+    images_NHWC, labels_N = kept_demo_images("test", ShardCache(folder))
+    results.put((hashlib.sha256(images_NHWC).hexdigest(), labels_N.tolist(), images_NHWC.flags.writeable))
+
+
+def test_processes_of_a_machine_keep_the_images_that_one_of_them_made(test, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=kept, args=(str(tmp_path), results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert found == [(hashlib.sha256(test[0]).hexdigest(), test[1].tolist(), True)] * 3
+    (path,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".room"]
+    assert path.read_bytes() == test[0].tobytes()
+
+
+def test_images_that_are_kept_are_not_made_again(train, tmp_path, monkeypatch):
+    cache = ShardCache(tmp_path)
+    kept_demo_images("train", cache)
+    monkeypatch.setattr(demo, "demo_images", None)
+    images_NHWC, labels_N = kept_demo_images("train", cache)
+    assert np.array_equal(images_NHWC, train[0])
+    assert np.array_equal(labels_N, train[1])
+
+
+@pytest.mark.parametrize("damage", ["a byte", "cut off", "no room", "no folder"])
+def test_whatever_the_cache_holds_the_images_are_the_same(test, tmp_path, damage):
+    cache = ShardCache(tmp_path / "cache", limit_bytes=100 if damage == "no room" else None)
+    kept_demo_images("test", cache)
+    if damage == "no folder":
+        cache = ShardCache(tmp_path / "file" / "below")
+        (tmp_path / "file").write_text("")
+    elif damage != "no room":
+        (path,) = [path for path in tmp_path.rglob("test-*") if path.is_file()]
+        data = path.read_bytes()
+        path.write_bytes(data[:-5] if damage == "cut off" else bytes([data[0] ^ 1]) + data[1:])
+    for _ in range(2):
+        images_NHWC, labels_N = kept_demo_images("test", cache)
+        assert np.array_equal(images_NHWC, test[0])
+        assert np.array_equal(labels_N, test[1])
+    if damage == "a byte":
+        assert path.read_bytes() == data, "made anew"
