@@ -12,7 +12,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -78,7 +78,7 @@ class AwsMetadata:
 
     def poll(self) -> list[Notice]:
         """See MetadataService: the interruption of a spot instance, and the advice to leave it (only told)."""
-        return [notice for notice in (self._interruption(), self._recommendation()) if notice]
+        return _all_of(self._interruption, self._recommendation)
 
     def _interruption(self) -> Notice | None:
         text = self._read("/latest/meta-data/spot/instance-action")
@@ -144,15 +144,18 @@ class GcpMetadata:
 
     def poll(self) -> list[Notice]:
         """See MetadataService. The service says what happens, not when: the documented times are counted from here."""
-        notices = []
-        if self._read("preempted") == "TRUE":
-            notices.append(self._notice("preempted", GCP_PREEMPTION_NOTICE_S))
+        return _all_of(self._preemption, self._maintenance)
+
+    def _preemption(self) -> Notice | None:
+        return self._notice("preempted", GCP_PREEMPTION_NOTICE_S) if self._read("preempted") == "TRUE" else None
+
+    def _maintenance(self) -> Notice | None:
         event = self._read("maintenance-event")
         if event.startswith("TERMINATE"):
-            notices.append(self._notice(f"maintenance: {event}", GCP_MAINTENANCE_NOTICE_S))
-        elif event not in ("NONE", ""):
-            notices.append(Notice(f"maintenance: {event[:80]}", None))  # a live migration: the machine stays
-        return notices
+            return self._notice(f"maintenance: {event}", GCP_MAINTENANCE_NOTICE_S)
+        if event not in ("NONE", ""):
+            return Notice(f"maintenance: {event[:80]}", None)  # a live migration: the machine stays
+        return None
 
     def _notice(self, event: str, notice_s: float) -> Notice:
         return Notice(event, self._seen.deadline_s(event, notice_s))
@@ -181,6 +184,21 @@ def detect(url: str = METADATA_URL) -> AwsMetadata | GcpMetadata:
         if service.answers():
             return service
     raise MetadataUnavailable("what answers is neither AWS's nor GCP's metadata service")
+
+
+def _all_of(*questions: Callable[[], Notice | None]) -> list[Notice]:
+    """Ask all questions: what one of them found counts though another got no answer. Raises where nothing was found."""
+    notices, unanswered = [], None
+    for ask in questions:
+        try:
+            notice = ask()
+        except MetadataUnavailable as error:
+            unanswered = error
+        else:
+            notices += [notice] if notice else []
+    if unanswered is not None and not notices:
+        raise unanswered
+    return notices
 
 
 class _Deadlines:

@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-READY = b"r"
+READY, GO = b"r", b"g"
+"""Said by the server when its imports are done and by the forked process; said by the client: become the worker."""
+READY_TIMEOUT_S = 40
+"""For the server's imports; Ray gives a worker process 60 s to come up."""
 MOST_BYTES = 16 * 2**20
 """Of a request: an environment and a command line."""
 _LENGTH = struct.Struct("!I")
@@ -32,7 +35,7 @@ _WITH_OWN_PYTHON = ("pip", "uv", "conda", "container", "image_uri", "py_executab
 # $0 is Ray's script for workers: the Python that belongs to it lies beside it. The driver's is the next best.
 _START = (
     'python="${{0%/lib/python*}}/bin/python"; [ -x "$python" ] || python={driver}; '
-    '"$python" -m cluster.ray_fork_client {modules} -- "$0" "$@" || exec "$python" "$0" "$@"'
+    '"$python" -P -m cluster.ray_fork_client {modules} -- "$0" "$@" || exec "$python" "$0" "$@"'
 )
 
 
@@ -89,6 +92,11 @@ def receive_request(connection: socket.socket) -> tuple[ForkRequest, list[int]]:
         for stream in streams:
             os.close(stream)
         raise
+
+
+def refusal(place: str) -> str:
+    """Return the file that says that the server of this socket forks no workers."""
+    return f"{place}.refused"
 
 
 def is_own_user(connection: socket.socket) -> bool:

@@ -8,6 +8,7 @@ the script itself. The first call on a machine starts the server, so that its im
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -16,16 +17,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.process_group import thread_environment
-from cluster.ray_fork import READY, ForkRequest, is_own_user, send_request
+from cluster.ray_fork import GO, READY, READY_TIMEOUT_S, ForkRequest, is_own_user, refusal, send_request
 
-READY_TIMEOUT_S = 40.0
-"""For the server's imports; Ray gives a worker process 60 s to come up."""
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = LOCK_TIMEOUT_S = 5.0
 BACKLOG = 256
-_WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}  # one that pyarrow, imported by Ray, starts
+# The server must have one thread: pyarrow, which Ray imports, starts one; OpenBLAS as many as it is told.
+_WITHOUT_THREADS = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
+}
 _RAYLET_PID = "RAY_RAYLET_PID"
 _SOCKET_OPTION = "--object-store-name="
 
@@ -38,14 +43,22 @@ def main(arguments: list[str]) -> int:
     try:
         with _connection(modules, request) as connection:
             connection.settimeout(READY_TIMEOUT_S)
-            if not is_own_user(connection) or connection.recv(len(READY)) != READY:
-                return 1
+            if not is_own_user(connection):
+                raise PermissionError("the fork server is another user's")
+            _expect_ready(connection)
             connection.settimeout(ANSWER_TIMEOUT_S)
             send_request(connection, request)
-            return 0 if connection.recv(1) else 1
+            _expect_ready(connection)
+            connection.sendall(GO)
+            return 0
     except (OSError, ValueError, KeyError, StopIteration) as error:
         print(f"no fork server ({error!r}): this worker starts by itself", file=sys.stderr)
         return 1
+
+
+def _expect_ready(connection: socket.socket) -> None:
+    if connection.recv(len(READY)) != READY:
+        raise ConnectionError("the fork server gave up")
 
 
 def _connection(modules: list[str], request: ForkRequest) -> socket.socket:
@@ -56,14 +69,43 @@ def _connection(modules: list[str], request: ForkRequest) -> socket.socket:
         return _connect(place)
     except (FileNotFoundError, ConnectionRefusedError):
         pass
-    with open(f"{place}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(f"{place}.lock"):
+        if os.path.lexists(refusal(str(place))):
+            raise ConnectionError("it refused before")
         try:
             return _connect(place)  # another worker's client was faster
         except (FileNotFoundError, ConnectionRefusedError):
             place.unlink(missing_ok=True)
             _start_server(place, modules, request.environment)
             return _connect(place)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Hold a lock of this user's. OSError where another user's file is there, or it does not come free."""
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+    lock = _own_file(path)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _own_file(path: str) -> int:
+    """Open a file of this user's, made if it is not there, to append to it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        raise PermissionError(f"{path} is another user's")
+    return descriptor
 
 
 def _key(modules: list[str], request: ForkRequest) -> str:
@@ -91,12 +133,12 @@ def _start_server(place: Path, modules: list[str], environment: dict[str, str]) 
         finally:
             os.umask(mask)
         listening.listen(BACKLOG)
-        log = place.parent.parent / "logs" / f"{place.name}.log"
-        with open(log if log.parent.is_dir() else os.devnull, "ab") as output:
+        output = _own_file(str(place.parent.parent / "logs" / f"{place.name}.log"))
+        try:
             subprocess.Popen(
                 [
                     sys.executable,
-                    "-m",
+                    *("-P", "-m"),
                     "cluster.ray_fork_server",
                     str(listening.fileno()),
                     environment[_RAYLET_PID],
@@ -110,6 +152,8 @@ def _start_server(place: Path, modules: list[str], environment: dict[str, str]) 
                 stderr=output,
                 start_new_session=True,
             )
+        finally:
+            os.close(output)
 
 
 if __name__ == "__main__":

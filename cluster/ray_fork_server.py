@@ -25,12 +25,20 @@ import time
 from collections.abc import Sequence
 
 from cluster.process_name import set_process_name
-from cluster.ray_fork import READY, ForkRequest, is_own_user, receive_request
+from cluster.ray_fork import GO, READY, READY_TIMEOUT_S, ForkRequest, is_own_user, receive_request, refusal
 
-IDLE_S = 300.0
-"""Longer than a run usually waits for machines between two groups of workers."""
+IDLE_S = 60.0
+"""Longer than it takes from the end of a group of workers to the next one; a server holds half a gigabyte."""
 REQUEST_TIMEOUT_S = 5.0
+IMPORT_TIMEOUT_S = READY_TIMEOUT_S - 5
+MOST_CRASHES, CRASH_S = 3, 30.0
+"""Workers in a row that crash so soon after their fork: something that was imported does not bear it."""
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 NAME = "fork-server"
+
+
+class ForkRefused(Exception):
+    """Workers must not be forked from this process."""
 
 
 class ForkServer:
@@ -40,7 +48,9 @@ class ForkServer:
         self._listening = listening
         self._raylet = os.pidfd_open(raylet_pid)
         self._woken, self._wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._children: set[int] = set()
+        self._children: dict[int, float] = {}
+        """The living workers, and when they were forked."""
+        self._num_crashes = 0
         self._idle_since_s = time.monotonic()
 
     def serve(self) -> ForkRequest | None:
@@ -58,6 +68,8 @@ class ForkServer:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._woken, 4096)
             self._reap()
+            if self._num_crashes >= MOST_CRASHES:
+                raise ForkRefused(f"{self._num_crashes} workers crashed within {CRASH_S:g} s of their fork")
             if self._listening.fileno() in ready:
                 request = self._answer()
                 if request is not None:
@@ -67,44 +79,51 @@ class ForkServer:
 
     def _reap(self) -> None:
         """Let ended workers go: a raylet that ended one waits until it is gone."""
-        for pid in list(self._children):
-            if os.waitpid(pid, os.WNOHANG)[0]:
-                self._children.remove(pid)
-                self._idle_since_s = time.monotonic()
+        now_s = time.monotonic()
+        for pid, since_s in list(self._children.items()):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                del self._children[pid]
+                self._idle_since_s = now_s
+                is_crash = os.WIFSIGNALED(status) and os.WTERMSIG(status) in CRASHES and now_s - since_s < CRASH_S
+                self._num_crashes = self._num_crashes + 1 if is_crash else 0
 
     def _answer(self) -> ForkRequest | None:
-        """Fork for one client; return its request in the forked process."""
-        connection, _ = self._listening.accept()
-        with connection:
-            connection.settimeout(REQUEST_TIMEOUT_S)
-            try:
+        """Fork for one client; return its request in the forked process. What fails costs this client only."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            connection, _ = self._listening.accept()
+            with connection:
+                connection.settimeout(REQUEST_TIMEOUT_S)
                 if not is_own_user(connection):
                     return None
-                connection.sendall(READY)  # who has waited too long is gone, and nothing may be forked for it
-                request, streams = receive_request(connection)
-            except (OSError, ValueError, TypeError):
-                return None
-            pid = os.fork()
-            if pid == 0:
-                self._leave(streams)
-                return request
-            for stream in streams:
-                os.close(stream)
-            self._children.add(pid)
-            with contextlib.suppress(OSError):
                 connection.sendall(READY)
+                request, streams = receive_request(connection)
+                try:
+                    pid = os.fork()
+                    if pid == 0:
+                        self._leave(connection, streams)
+                        return request
+                    self._children[pid] = time.monotonic()
+                finally:
+                    for stream in streams:
+                        os.close(stream)
         return None
 
-    def _leave(self, streams: list[int]) -> None:
-        """In the forked process: let go of what is the server's, and take the worker's streams."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._listening.close()
-        for fd in (self._raylet, self._woken, self._wakes):
-            os.close(fd)
-        for target, stream in enumerate(streams):
-            os.dup2(stream, target)
-            os.close(stream)
+    def _leave(self, connection: socket.socket, streams: list[int]) -> None:
+        """In the forked process: take the worker's streams, let go of what is the server's, and wait for the client."""
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._listening.close()
+            for fd in (self._raylet, self._woken, self._wakes):
+                os.close(fd)
+            for target, stream in enumerate(streams):
+                os.dup2(stream, target)
+            connection.sendall(READY)
+            if connection.recv(len(GO)) != GO:  # it has given up, and starts the worker itself
+                os._exit(0)
+        except BaseException:
+            os._exit(1)
 
 
 def become(request: ForkRequest) -> None:
@@ -118,7 +137,7 @@ def become(request: ForkRequest) -> None:
     atexit.register(gc.unfreeze)  # or C++ libraries take what is left at the end for leaks, and say so
     _draw_anew()
     sys.argv = list(request.command)
-    sys.path[0] = os.path.dirname(request.command[0])
+    sys.path.insert(0, os.path.dirname(request.command[0]))
     runpy.run_path(request.command[0], run_name="__main__")
 
 
@@ -129,14 +148,13 @@ def _draw_anew() -> None:
         numpy.random.seed()
 
 
-def why_not() -> str | None:
-    """Return why this process must not fork workers; None where it may."""
+def check_alone() -> None:
+    """Raise ForkRefused where this process must not fork workers."""
     num_threads = len(os.listdir("/proc/self/task"))  # those of C libraries as well
     if num_threads != 1:
-        return f"found {num_threads} threads after the imports, expected 1"
+        raise ForkRefused(f"found {num_threads} threads after the imports, expected 1")
     if _drawn_in_a_fork() == _drawn_in_a_fork():
-        return "found the same ids of Ray in two forked processes, expected different ones"
-    return None
+        raise ForkRefused("found the same ids of Ray in two forked processes, expected different ones")
 
 
 def _drawn_in_a_fork() -> bytes:
@@ -145,8 +163,10 @@ def _drawn_in_a_fork() -> bytes:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writing, ObjectID.from_random().binary())
-        os._exit(0)
+        try:
+            os.write(writing, ObjectID.from_random().binary())
+        finally:
+            os._exit(0)
     os.close(writing)
     with open(reading, "rb") as drawn:
         found = drawn.read()
@@ -173,27 +193,37 @@ def _import(modules: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Import and serve: LISTENING_FD RAYLET_PID SOCKET MODULE…."""
+    """Import and serve: LISTENING_FD RAYLET_PID SOCKET MODULE…. A refusal is left beside the socket, for clients."""
     listening_fd, raylet_pid, place, *modules = arguments
     set_process_name(NAME)
-    gc.disable()
     request = None
     with socket.socket(fileno=int(listening_fd)) as listening:
         try:
+            server = ForkServer(listening, int(raylet_pid))
+            gc.disable()
+            signal.signal(signal.SIGALRM, _raise_too_slow)
+            signal.alarm(IMPORT_TIMEOUT_S)
             _import(modules)
-            problem = why_not()
-            if problem is None:
-                gc.collect()
-                gc.freeze()  # collections in workers would otherwise write to, and so copy, the shared pages
-                request = ForkServer(listening, int(raylet_pid)).serve()
-            else:
-                print(f"{problem}: workers start by themselves")
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            check_alone()
+            gc.collect()
+            gc.freeze()  # collections in workers would otherwise write to, and so copy, the shared pages
+            request = server.serve()
+        except Exception as error:
+            print(f"no workers are forked here: {error!r}", flush=True)
+            with contextlib.suppress(OSError):
+                os.close(os.open(refusal(place), os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         finally:
             if request is None:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(place)  # before the socket is closed: the place may then be another server's
     if request is not None:
         become(request)
+
+
+def _raise_too_slow(*_: object) -> None:
+    raise ForkRefused(f"the imports took more than {IMPORT_TIMEOUT_S} s")
 
 
 if __name__ == "__main__":

@@ -65,11 +65,6 @@ def _answers(machine: Machine) -> bool:
     return True
 
 
-def could_hold(machine: Machine, need: Mapping[str, float]) -> bool:
-    """Whether a worker that needs these resources would fit on a machine that does nothing else."""
-    return all(machine.total.get(name, 0.0) + 1e-6 >= amount for name, amount in need.items())
-
-
 def prepare(runtime_env: Mapping[str, Any], machine_id: str) -> None:
     """Start a process with this runtime environment on a machine, and with it the fork server; do not wait for it."""
     place = NodeAffinitySchedulingStrategy(machine_id, soft=False)

@@ -55,7 +55,9 @@ class Restarts(FailurePolicy):
         if isinstance(error, ControllerError):
             cause = error.controller_failure
             if isinstance(cause, WorkerGroupStartupTimeoutError):
-                return FailureDecision.RETRY  # a machine that was counted is gone: count again
+                # A machine that was counted is gone, or somebody else was faster: count again.
+                self._post.tell("the workers found no place on the machines that seemed free: looking again")
+                return FailureDecision.RETRY
             if not isinstance(cause, WorkerGroupStartupFailedError):
                 return FailureDecision.RAISE
             return self._again(f"workers could not start: {_first_line(cause)}")

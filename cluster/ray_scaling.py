@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2.api.config import ScalingConfig
 
-from cluster.ray_machines import Machine, could_hold, machines, room, silent
+from cluster.ray_machines import Machine, machines, room, silent
 from cluster.ray_mailbox import Post
 from cluster.worker import Cause
 from cluster.worker_range import WorkerRange
@@ -33,7 +33,7 @@ MAILBOX_TIMEOUT_S = 30.0
 WAIT_S = 0.5
 """Between two looks while there is no group."""
 TELL_S = 30.0
-PREPARE_AGAIN_S = 240.0
+PREPARE_AGAIN_S = 40.0
 """After which a machine that still waits for its first worker is prepared again; less than a fork server's `IDLE_S`."""
 RELEASE_S = 3.0
 """After which a group that nobody saw running is taken to hold the room that is missing."""
@@ -92,7 +92,7 @@ class GroupSizing(ScalingPolicy):
             or self._has_settled(now_s, self._workers.start_settle_s)
         ):
             return self._resize(num_workers, found, mute)
-        self._prepare_others(found, mute, now_s)
+        self._prepare_free(found, mute, now_s)
         self._sleep(WAIT_S)
         return NoopDecision()
 
@@ -122,7 +122,8 @@ class GroupSizing(ScalingPolicy):
             return NoopDecision()
         possible = room(found, self._silent_since_s.keys(), self._need, self._own, self._workers.most)
         self._note_room(possible, now_s)
-        self._prepare_others(found, self._silent_since_s.keys(), now_s)
+        if possible > size:
+            self._prepare_free(found, self._silent_since_s.keys(), now_s)
         is_old = now_s - self._group_since_s >= self._workers.resize_interval_s
         if possible > size and is_old and self._has_settled(now_s, self._workers.grow_settle_s):
             self._leave("resize", f"there is room for {possible} workers instead of {size}")
@@ -175,12 +176,11 @@ class GroupSizing(ScalingPolicy):
         if num_workers != self._best_room:
             self._best_room, self._best_since_s = num_workers, now_s
 
-    def _prepare_others(self, found: list[Machine], mute: Collection[str], now_s: float) -> None:
-        """Prepare machines that stay, could hold a worker and have none of ours."""
-        for machine in found:
-            is_due = now_s - self._prepared_s.get(machine.id, -float("inf")) >= PREPARE_AGAIN_S
-            may_come = machine.leaves_at is None and machine.id not in mute and machine.id not in self._own
-            if self._prepare is not None and is_due and may_come and could_hold(machine, self._need):
+    def _prepare_free(self, found: list[Machine], mute: Collection[str], now_s: float) -> None:
+        """Prepare machines that have room for a worker now and none of ours: the next group will use them."""
+        free = [machine for machine in found if machine.id not in self._own and room([machine], mute, self._need, {}, 1)]
+        for machine in free if self._prepare is not None else ():
+            if now_s - self._prepared_s.get(machine.id, -float("inf")) >= PREPARE_AGAIN_S:
                 self._prepared_s[machine.id] = now_s
                 self._prepare(machine.id)
 

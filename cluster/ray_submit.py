@@ -98,7 +98,7 @@ class Submission:
             is_fruitless = after is None or after == before
             if verdict is Verdict.MISTAKE and (len(self._followed) > 1 or not is_fruitless):
                 verdict = Verdict.LOST  # the same command worked before: something else is wrong, and may pass
-            fruitless, before = fruitless + 1 if is_fruitless else 0, after
+            fruitless, before = fruitless + 1 if is_fruitless else 0, before if after is None else after
             if verdict is not Verdict.LOST or fruitless >= MAX_FRUITLESS:
                 return self._end(verdict, job, cause)
             pause_s = FIRST_PAUSE_S * PAUSE_FACTOR ** max(0, fruitless - 1)
@@ -184,15 +184,17 @@ class Submission:
 
     def _newest_checkpoint(self) -> object | None:
         """Return what tells the run's newest checkpoint from others, None where it has none or cannot be read."""
-        if not self._can_read_run:
-            return None
+        could_read = self._can_read_run
         try:
-            return self._checkpoint()
+            newest = self._checkpoint()
         except Exception as error:
             self._can_read_run = False
-            reason = str(error).partition("\n")[0]
-            self._tell(f"the run cannot be read from here, so only submissions are counted: {reason}")
+            if could_read:
+                reason = str(error).partition("\n")[0]
+                self._tell(f"the run cannot be read from here now, so submissions are counted: {reason}")
             return None
+        self._can_read_run = True
+        return newest
 
     def _patiently(self, ask: Callable[[], Answer], limit_s: float | None = None) -> Answer:
         return self._patiently_told(ask, self._patience_s if limit_s is None else limit_s)[0]

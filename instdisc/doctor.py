@@ -30,6 +30,7 @@ UNTESTED_ON_GPU = (
     "NCCL collectives of the memory bank, of its statistics and of DDP, each in a group of its own",
     "a memory bank in page-locked host memory or a mapped file beside a GPU (bank.device cpu, mapped)",
     "checkpoints of weights and rows on a GPU: their copies to page-locked memory, and rows read back",
+    "CUDA and NCCL in workers that were forked, before any use of CUDA, from a process that has imported torch",
 )
 """Parts that exist for GPUs but that this version was never run with: its tests ran on CPUs."""
 

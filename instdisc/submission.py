@@ -37,7 +37,8 @@ def train_command(recipe: str, uri: str, workers: str, overrides: Sequence[str])
 
     workers: a number, or MIN..MAX. Raises ConfigError for what must not stand in it, ValueError for other workers.
     """
-    parse_workers(workers)
+    if parse_workers(workers) == (0, 0):
+        raise ConfigError("--workers: found 0, expected at least 1: the driver runs on the head, which trains nothing")
     # Not the script `instdisc`: this finds the package in the job's working directory, too.
     arguments = ["python", "-m", "instdisc.cli.main", "train", recipe, "--run", uri, "--workers", workers, *overrides]
     for argument in arguments:

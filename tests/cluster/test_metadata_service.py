@@ -61,6 +61,24 @@ def test_a_token_that_ends_is_replaced_before_and_after(aws, monkeypatch):
     assert 401 not in [status for _, _, status in aws.requests]
 
 
+def test_a_notice_counts_though_the_next_question_gets_no_answer(aws, gcp):
+    aws.interrupt("stop", time.time() + 120)
+    aws.texts["/latest/meta-data/events/recommendations/rebalance"] = "forbidden by a proxy"
+    assert [notice.event[:23] for notice in AwsMetadata(aws.url).poll()] == ["spot interruption: stop"]
+    del aws.texts["/latest/meta-data/spot/instance-action"]
+    with pytest.raises(MetadataUnavailable):
+        AwsMetadata(aws.url).poll()
+
+    class Half(GcpMetadata):
+        def _maintenance(self):
+            raise MetadataUnavailable("status 503")
+
+    with pytest.raises(MetadataUnavailable, match="503"):
+        Half(gcp.url).poll()
+    gcp.say("preempted", "TRUE")
+    assert [notice.event for notice in Half(gcp.url).poll()] == ["preempted"]
+
+
 def test_a_recommendation_to_leave_is_told_without_a_deadline(aws):
     aws.texts["/latest/meta-data/events/recommendations/rebalance"] = '{"noticeTime": "2026-11-05T08:22:00Z"}'
     (notice,) = AwsMetadata(aws.url).poll()

@@ -19,7 +19,8 @@ import pytest
 import ray
 from families import fork_servers
 
-from cluster.ray_fork import ForkRequest, forked_runtime_env, receive_request, send_request
+from cluster.ray_fork import READY, ForkRequest, forked_runtime_env, receive_request, send_request
+from cluster.ray_fork_server import MOST_CRASHES
 from cluster.ray_session import ray_session
 
 TIMEOUT_S = 60
@@ -60,7 +61,7 @@ class FakeRaylet:
     def command(self, script: Path, *arguments: str, modules=LIGHT) -> list[str]:
         plasma = f"--object-store-name={self.folder}/sockets/plasma_store"
         return [
-            *(sys.executable, "-m", "cluster.ray_fork_client", *modules, "--"),
+            *(sys.executable, "-P", "-m", "cluster.ray_fork_client", *modules, "--"),
             *(str(script), plasma, *arguments),
         ]
 
@@ -85,7 +86,7 @@ class FakeRaylet:
         return psutil.Process(int(out.read_text()))
 
     def sockets(self) -> list[str]:
-        return [path.name for path in (self.folder / "sockets").iterdir() if path.suffix != ".lock"]
+        return [path.name for path in (self.folder / "sockets").iterdir() if not path.suffix]
 
     def family(self) -> list[psutil.Process]:
         return fork_servers({self.process.pid})
@@ -167,6 +168,12 @@ def test_where_a_server_cannot_be_trusted_nothing_is_forked(raylet, script, tmp_
     assert end.returncode == 1, end
     assert end.stdout == ""
     assert "this worker starts by itself" in end.stderr
+    if damage != "killed":
+        start_s = time.monotonic()
+        again = raylet.client(script, modules=("damaged",), PYTHONPATH=str(tmp_path))
+        assert again.returncode == 1
+        assert "refused before" in again.stderr
+        assert time.monotonic() - start_s < 1, "the imports are not tried again"
 
 
 def test_a_worker_for_which_nothing_is_forked_starts_by_itself(raylet, script, tmp_path):
@@ -212,7 +219,7 @@ def test_a_client_that_waited_too_long_leaves_nothing_to_fork(raylet, tmp_path, 
     env = {**raylet.environment, "PYTHONPATH": str(tmp_path)}
     out = tmp_path / "out"
     code = "import sys, cluster.ray_fork_client as c; c.READY_TIMEOUT_S = 0.5; sys.exit(c.main(sys.argv[1:]))"
-    arguments = raylet.command(hello, modules=("slow",))[3:]
+    arguments = raylet.command(hello, modules=("slow",))[4:]
     with out.open("w") as stream:
         end = subprocess.run([sys.executable, "-c", code, *arguments], env=env, cwd=tmp_path, stdout=stream)
     assert end.returncode == 1
@@ -220,6 +227,50 @@ def test_a_client_that_waited_too_long_leaves_nothing_to_fork(raylet, tmp_path, 
     assert end.returncode == 0
     assert end.stdout.startswith("hello")
     assert out.read_text() == ""
+
+
+def test_a_client_that_gives_up_while_the_worker_is_forked_leaves_none(raylet, hello):
+    assert raylet.client(hello).returncode == 0
+    (server,) = raylet.family()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(raylet.folder / "sockets" / raylet.sockets()[0]))
+        assert connection.recv(1) == READY
+        marker = raylet.folder / "ran"
+        hello.write_text(f"open({str(marker)!r}, 'w')")
+        send_request(connection, ForkRequest([str(hello)], dict(os.environ), str(raylet.folder)))
+        assert connection.recv(1) == READY
+        assert len(server.children()) == 1
+    wait_until(lambda: not server.children(), 5)
+    assert not marker.exists()
+    assert raylet.client(hello).returncode == 0
+    wait_until(marker.exists, 5)
+
+
+def test_workers_that_crash_soon_end_their_server(raylet, tmp_path):
+    script = tmp_path / "crashes.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    for _ in range(MOST_CRASHES):
+        assert raylet.client(script).returncode == 0
+    wait_until(lambda: not raylet.family(), 5)
+    assert "refused before" in raylet.client(script).stderr
+
+
+def test_other_peoples_files_are_not_followed(raylet, hello, tmp_path):
+    """Folders of Ray are open to everybody, and what lies in the folder of a job is not the project's."""
+    (raylet.folder / "json.py").write_text("raise SystemExit(9)")
+    assert raylet.client(hello).stdout == "hello\n"
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for lock in (raylet.folder / "sockets").glob("*.lock"):
+        lock.unlink()
+        lock.symlink_to(victim)
+    (server,) = raylet.family()
+    server.kill()
+    server.wait(10)
+    end = raylet.client(hello)
+    assert end.returncode == 1
+    assert victim.read_text() == "precious"
+    (raylet.folder / "sockets" / raylet.sockets()[0]).unlink()
 
 
 def test_requests_arrive_whole_and_damaged_ones_are_refused_without_a_leak():

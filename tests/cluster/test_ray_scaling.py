@@ -126,27 +126,39 @@ def test_the_first_group_waits_for_machines_that_come_one_after_the_other_and_no
     assert world.told() == [f"waiting for machines: room for {n} of at least 2 workers" for n in (0, 1)]
 
 
-def test_machines_that_wait_for_their_first_worker_are_prepared_once_in_a_while(mailbox):
-    world = World(mailbox, least=2, most=4, grow_settle_s=1000)
-    world.machines = [machine("2"), machine("3", cpus=0)]
-    world.silent = {"4"}
+def test_machines_that_will_get_workers_are_prepared_and_others_are_left_alone(mailbox):
+    world = World(mailbox, least=2, most=3, grow_settle_s=1000)
+    world.machines = [machine("2"), machine("3", cpus=0), machine("4", free=0), machine("5", leaves_at=9000.0)]
     assert world.idle() is None
-    assert world.prepared == ["2"], "a machine without room for a worker needs none"
-    world.machines += [machine("4"), machine("5", leaves_at=9000.0)]
+    assert world.prepared == ["2"], "the others have no room for a worker, or go"
+    world.machines.append(machine("6"))
+    world.silent = {"6"}
     assert world.idle(after_s=1) is None
     assert world.prepared == ["2"]
     world.silent = set()
-    assert world.idle(after_s=9) is None
+    assert world.idle(after_s=8) is None
+    assert world.prepared == ["2", "6"]
     assert world.idle(after_s=10) == 2
-    assert world.prepared == ["2", "4"], "a group that starts now prepares its machines itself"
+    assert world.prepared == ["2", "6"], "a group that starts now prepares its machines itself"
     world.start(2)
-    world.machines = [machine("2", free=0), machine("4", free=0), machine("6")]
-    assert world.running("2", "4") is None
-    assert world.running("2", "4", after_s=PREPARE_AGAIN_S - 1) is None
-    assert world.prepared == ["2", "4", "6"]
-    assert world.running("2", "4", after_s=1) is None
-    assert world.prepared == ["2", "4", "6", "6"]
-    assert PREPARE_AGAIN_S + 30 < IDLE_S, "else the machine's fork server is gone before"
+    world.machines = [machine("2", free=0), machine("6", free=0), machine("7")]
+    assert world.running("2", "6") is None
+    assert world.running("2", "6", after_s=PREPARE_AGAIN_S - 1) is None
+    assert world.prepared == ["2", "6", "7"]
+    assert world.running("2", "6", after_s=1) is None
+    assert world.prepared == ["2", "6", "7", "7"], "its fork server would be gone before the group makes place"
+    assert PREPARE_AGAIN_S + 10 < IDLE_S
+
+
+def test_a_machine_that_a_full_group_does_not_need_may_become_idle(mailbox):
+    world = World(mailbox, least=1, most=2)
+    world.machines = [machine("2"), machine("3")]
+    assert world.idle() == 2
+    world.start(2)
+    world.machines = [machine("2", free=0), machine("3", free=0), machine("4")]
+    assert world.running("2", "3") is None
+    assert world.running("2", "3", after_s=1000) is None
+    assert world.prepared == []
 
 
 def test_after_a_failure_the_next_group_is_as_large_as_the_machines_allow_and_starts_at_once(mailbox):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from cluster.open_ports import open_ports, ray_processes
 
 LAUNCHER_FILE = Path(__file__).parents[2] / "ray_config.yaml"
+DOCKERFILE = LAUNCHER_FILE.parent / "cluster" / "Dockerfile"
 TIMEOUT_S = 240
 HOSTS = {"head": "10.203.7.1", "worker": "10.203.7.2"}
 DASHBOARD_PORT, GCS_PORT = 8265, 6379
@@ -100,7 +102,11 @@ def start(name, host, namespace, folder, environment, extra=""):
     (command,) = [c for c in yaml.safe_load(LAUNCHER_FILE.read_text())[name] if "ray start" in c]
     command = command.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
     command += f" --node-ip-address={HOSTS[host]} --num-cpus=1 --object-store-memory={80 * 2**20} {extra}"
-    done = run("ip", "netns", "exec", namespace, "bash", "-c", command, env=environment, check=False)
+    # In a login shell, as `ray up` does: it sets PATH anew, and then the profile of the image counts.
+    (line,) = re.findall(r"echo '(export PATH=.*)' > /etc/profile.d", DOCKERFILE.read_text())
+    (folder / ".bash_profile").write_text(line.replace("/opt/instdisc/.venv/bin", str(Path(sys.executable).parent)))
+    shell = ("bash", "--login", "-c", "-i")
+    done = run("ip", "netns", "exec", namespace, *shell, command, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

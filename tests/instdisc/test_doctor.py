@@ -51,7 +51,7 @@ def test_dali_is_tried_and_what_was_never_tried_on_a_gpu_is_told(found):
     assert found["DALI import"] == Finding("DALI import", "works")
     for part in doctor.UNTESTED_ON_GPU:
         assert part in found["untested on GPUs"].value
-    assert len(doctor.UNTESTED_ON_GPU) == 6
+    assert len(doctor.UNTESTED_ON_GPU) == 7
     assert "GPU" in found
 
 

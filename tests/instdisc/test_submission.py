@@ -32,6 +32,8 @@ def test_workers_are_passed_on_as_they_were_given():
     for workers in ("", "two", "2..", "2-4", "-1", "1; rm"):
         with pytest.raises(ValueError, match=r"MIN\.\.MAX"):
             train_command("quickstart", "s3://b/r", workers, [])
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        train_command("quickstart", "s3://b/r", "0", [])
 
 
 @pytest.mark.parametrize("place", ["s3://key:s3cret@bucket/run", "https://me:s3cret@host/x"])
