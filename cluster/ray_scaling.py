@@ -178,9 +178,11 @@ class GroupSizing(ScalingPolicy):
 
     def _prepare_free(self, found: list[Machine], mute: Collection[str], now_s: float) -> None:
         """Prepare machines that have room for a worker now and none of ours: the next group will use them."""
-        free = [machine for machine in found if machine.id not in self._own and room([machine], mute, self._need, {}, 1)]
-        for machine in free if self._prepare is not None else ():
-            if now_s - self._prepared_s.get(machine.id, -float("inf")) >= PREPARE_AGAIN_S:
+        if self._prepare is None:
+            return
+        for machine in found:
+            is_free = machine.id not in self._own and room([machine], mute, self._need, {}, 1) > 0
+            if is_free and now_s - self._prepared_s.get(machine.id, -float("inf")) >= PREPARE_AGAIN_S:
                 self._prepared_s[machine.id] = now_s
                 self._prepare(machine.id)
 
