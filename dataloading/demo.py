@@ -114,8 +114,8 @@ def kept_demo_images(split: str, cache: ShardCache) -> tuple[NDArray[np.uint8], 
     descriptor = cache.open(key)
     if descriptor is not None:
         with open(descriptor, "rb") as file:
-            num_read = file.readinto(images_NHWC.reshape(-1))
-        if num_read == num_bytes and hashlib.sha256(images_NHWC).hexdigest() == _SHA256[split]:
+            num_read = file.readinto(images_NHWC.data.cast("B"))
+        if num_read == num_bytes and hashlib.sha256(images_NHWC.data).hexdigest() == _SHA256[split]:
             return images_NHWC, _labels(np.arange(NUM_ROWS[split]), _VISITS[split], seed=0)
         cache.remove(key)
     return demo_images(split)

@@ -114,7 +114,7 @@ def test_an_unknown_split_or_row_is_refused():
 
 def kept(folder, results):
     images_NHWC, labels_N = kept_demo_images("test", ShardCache(folder))
-    results.put((hashlib.sha256(images_NHWC).hexdigest(), labels_N.tolist(), images_NHWC.flags.writeable))
+    results.put((hashlib.sha256(images_NHWC.tobytes()).hexdigest(), labels_N.tolist(), images_NHWC.flags.writeable))
 
 
 def test_processes_of_a_machine_keep_the_images_that_one_of_them_made(test, tmp_path):
@@ -126,7 +126,7 @@ def test_processes_of_a_machine_keep_the_images_that_one_of_them_made(test, tmp_
     found = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
-    assert found == [(hashlib.sha256(test[0]).hexdigest(), test[1].tolist(), True)] * 3
+    assert found == [(hashlib.sha256(test[0].tobytes()).hexdigest(), test[1].tolist(), True)] * 3
     (path,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".room"]
     assert path.read_bytes() == test[0].tobytes()
 
