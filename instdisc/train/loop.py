@@ -105,7 +105,7 @@ class Training:
             elif self._evaluation_due() and not self._is_evaluated():
                 self._evaluate()  # the workers before this group left in the middle of it
         except EvaluationInterrupted:
-            self._end_early(self._wishes())
+            self._leave_unless_stopped(self._wishes())
             return self._result(finished=False)
         self.monitor.start(self.state.step)
         self.saves.start(self.state.step)
@@ -122,7 +122,6 @@ class Training:
         try:
             evaluation = self._evaluate()
         except EvaluationInterrupted:
-            self._save_now()
             self._end_early(self._wishes())
             return self._result(finished=False)
         self._save_now()
@@ -152,7 +151,7 @@ class Training:
     def _evaluation_due(self) -> bool:
         """Whether a multiple of `eval.every_epochs` was passed in this step; the last step has its own evaluation."""
         every, step = self.config.eval.every_epochs, self.state.step
-        if every == 0 or self.evaluator is None or step >= self.num_steps:
+        if every == 0 or self.evaluator is None or not 0 < step < self.num_steps:
             return False
         passed = [math.floor(s * self.config.optim.global_batch / self.num_rows / every) for s in (step - 1, step)]
         return passed[1] > passed[0]
@@ -167,7 +166,13 @@ class Training:
         return self.worker.all_gather_object(own)[0]  # signals reach ranks at different times: rank 0's count
 
     def _end_early(self, wishes: dict[str, bool]) -> None:
-        """Raise Preempted unless the workers are to return."""
+        """Save, and raise Preempted unless the workers are to return."""
+        if wishes["stop"]:  # whoever asks workers to leave says why
+            self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
+        self._save_now()
+        self._leave_unless_stopped(wishes)
+
+    def _leave_unless_stopped(self, wishes: dict[str, bool]) -> None:
         if wishes["leave"] and not wishes["stop"]:
             raise Preempted(self.state.step)
 
@@ -211,9 +216,6 @@ class Training:
         if not any(wishes.values()):
             self.monitor.saved(self.saves.save_if_due(self.state, [read["saves"] for read in by_rank]))
             return False
-        if wishes["stop"]:  # whoever asks workers to leave says why
-            self.worker.emit({"kind": "message", "text": "asked to stop: saving a checkpoint", "keep": True})
-        self._save_now()
         self._end_early(wishes)
         return True
 
