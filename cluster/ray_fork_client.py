@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +30,7 @@ _WITHOUT_THREADS = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
 }
+_OF_ONE_WORKER = ("CUDA_VISIBLE_DEVICES",)  # read when CUDA is first used
 _RAYLET_PID = "RAY_RAYLET_PID"
 _SOCKET_OPTION = "--object-store-name="
 
@@ -110,7 +110,8 @@ def _own_file(path: str) -> int:
 
 def _key(modules: list[str], request: ForkRequest) -> str:
     """Name what the server's imports depend on: the program, its folder and the environment (a job has its own)."""
-    named = [sys.executable, request.folder, modules, sorted(request.environment.items())]
+    environment = {name: value for name, value in request.environment.items() if name not in _OF_ONE_WORKER}
+    named = [sys.executable, request.folder, modules, sorted(environment.items())]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:12]
 
 
@@ -157,5 +158,4 @@ def _start_server(place: Path, modules: list[str], environment: dict[str, str]) 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.exit(main(sys.argv[1:]))

@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from cluster.process_name import set_process_name
 from cluster.ray_fork import GO, READY, READY_TIMEOUT_S, ForkRequest, is_own_user, receive_request, refusal
@@ -153,8 +153,16 @@ def check_alone() -> None:
     num_threads = len(os.listdir("/proc/self/task"))  # those of C libraries as well
     if num_threads != 1:
         raise ForkRefused(f"found {num_threads} threads after the imports, expected 1")
+    if any(target.startswith("/dev/nvidia") for target in _open_files()):
+        raise ForkRefused("found a GPU in use after the imports: CUDA does not work in a fork then")
     if _drawn_in_a_fork() == _drawn_in_a_fork():
         raise ForkRefused("found the same ids of Ray in two forked processes, expected different ones")
+
+
+def _open_files() -> Iterator[str]:
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one of the listing itself
+            yield os.readlink(f"/proc/self/fd/{fd}")
 
 
 def _drawn_in_a_fork() -> bytes:

@@ -149,6 +149,8 @@ def test_another_environment_has_another_server(raylet, hello):
     assert raylet.client(hello).returncode == 0
     assert raylet.client(hello, RAY_JOB_ID="02000000").returncode == 0
     assert len(raylet.family()) == 2
+    assert raylet.client(hello, CUDA_VISIBLE_DEVICES="1").returncode == 0
+    assert len(raylet.family()) == 2, "each worker of a machine may have a GPU of its own"
 
 
 DAMAGES = {
