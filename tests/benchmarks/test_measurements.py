@@ -27,6 +27,7 @@ def test_one_of_many_workers_tells_its_start_its_memory_and_its_steps():
     assert found["step_ms"]["median"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_not() is not None, reason=f"no slow link here: {why_not()}")
 def test_on_a_slow_link_bytes_are_those_of_the_formula_and_the_picture_is_drawn(tmp_path):
     out, picture = tmp_path / "out.json", tmp_path / "timeline.png"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import subprocess
@@ -50,7 +51,8 @@ def moto(moto_endpoint, monkeypatch):
     for name, value in (("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto_endpoint)
-    botocore.session.get_session().create_client("s3").create_bucket(Bucket="second")
+    with contextlib.closing(botocore.session.get_session().create_client("s3")) as client:
+        client.create_bucket(Bucket="second")
     return moto_endpoint
 
 

@@ -125,6 +125,7 @@ def stopped(pid):
         os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_node_is_drained_in_ray_when_the_cloud_gives_notice(capfd):
     with contextlib.ExitStack() as stack:
         nodes = stack.enter_context(two_nodes())

@@ -35,6 +35,7 @@ def cluster():
         yield nodes
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_in_the_middle_changes_nothing(tmp_path, cluster):
     address, environment, second = cluster.address, cluster.environment, cluster.second
     root = tmp_path / "photos/train/cat"
