@@ -1,6 +1,6 @@
 """Starts a Ray worker by a fork of the machine's fork server; the raylet runs this in place of the worker's Python.
 
-    python -m cluster.ray_fork_client MODULE… -- SCRIPT ARGUMENT…
+    python -P -m cluster.ray_fork_client MODULE… -- SCRIPT ARGUMENT…
 
 Ends with 0 once the worker is forked. Any other end means that nothing was forked, and that the caller should start
 the script itself. The first call on a machine starts the server, so that its imports are done once for all workers.

@@ -1,4 +1,4 @@
-"""A real S3 server for the tests of a file, to which S3 clients are led."""
+"""A real S3 server for the tests of a file."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from seaweed import Seaweed
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def plain_server(tmp_path_factory):
+    """Yield a server that no client here is led to."""
     try:
         seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
         seaweed.start()
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    patch = pytest.MonkeyPatch()
-    for name, value in seaweed.environment.items():
-        patch.setenv(name, value)
     yield seaweed
     seaweed.kill()
-    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def server(plain_server):
+    """Yield a server to which S3 clients are led."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in plain_server.environment.items():
+            patch.setenv(name, value)
+        yield plain_server

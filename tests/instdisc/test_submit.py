@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from ray_head import RayHead
-from seaweed import Seaweed
 
 from cluster.attempts import attempt_numbers, manifest_ids
 from cluster.phase import VARIABLE, Phase, read_phase
@@ -73,17 +72,6 @@ def phases(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    try:
-        seaweed = Seaweed(tmp_path_factory.mktemp("seaweed"))
-        seaweed.start()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    yield seaweed
-    seaweed.kill()
-
-
-@pytest.fixture(scope="module")
 def head(phases):
     with RayHead(variables={VARIABLE: str(phases)}) as running:
         yield running
@@ -134,13 +122,13 @@ def test_a_submitted_training_is_followed_to_its_end_by_two_and_a_mistake_there_
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_driver_is_replaced_and_the_run_on_s3_goes_on(server, phases):
-    variables = {**server.environment, VARIABLE: str(phases)}
+def test_a_killed_driver_is_replaced_and_the_run_on_s3_goes_on(plain_server, phases):
+    variables = {**plain_server.environment, VARIABLE: str(phases)}
     with RayHead(variables=variables) as head, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
+        for name, value in plain_server.environment.items():
             patch.setenv(name, value)
         uri = "s3://images/driver"
-        submitting = Submitting(head, uri, *LONG, "--json", environment=server.environment)
+        submitting = Submitting(head, uri, *LONG, "--json", environment=plain_server.environment)
         wait_until(lambda: manifest_ids(Run(uri).checkpoints()), "a checkpoint", submitting)
         before = processes_that_stepped(phases)
         (driver,) = head.drivers("train")
