@@ -189,16 +189,19 @@ def detect(url: str = METADATA_URL) -> AwsMetadata | GcpMetadata:
 def _all_of(*questions: Callable[[], Notice | None]) -> list[Notice]:
     """Ask all questions: what one of them found counts though another got no answer. Raises where nothing was found."""
     notices, unanswered = [], None
-    for ask in questions:
-        try:
-            notice = ask()
-        except MetadataUnavailable as error:
-            unanswered = error
-        else:
-            notices += [notice] if notice else []
-    if unanswered is not None and not notices:
-        raise unanswered
-    return notices
+    try:
+        for ask in questions:
+            try:
+                notice = ask()
+            except MetadataUnavailable as error:
+                unanswered = error
+            else:
+                notices += [notice] if notice else []
+        if unanswered is not None and not notices:
+            raise unanswered
+        return notices
+    finally:
+        unanswered = None  # its traceback holds this frame, and with it the socket, until the garbage collector runs
 
 
 class _Deadlines:
@@ -219,10 +222,10 @@ def _request(url: str, method: str, path: str, headers: dict[str, str]) -> _Answ
         connection.connect()
         with _hung_up_after(connection.sock, REQUEST_TIMEOUT_S):
             connection.request(method, path, headers=headers)
-            response = connection.getresponse()
-            body = response.read(_MAX_BYTES).decode(errors="replace")
-        if response.length:
-            raise ConnectionError(f"{response.length} bytes of the answer are missing")
+            with connection.getresponse() as response:
+                body = response.read(_MAX_BYTES).decode(errors="replace")
+                if response.length:
+                    raise ConnectionError(f"{response.length} bytes of the answer are missing")
         return _Answer(response.status, body, response.getheader("Metadata-Flavor"))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MetadataUnavailable(f"{method} {path}: {type(error).__name__}: {error}") from error
