@@ -20,8 +20,9 @@ from torch import Tensor
 from cluster.agreement import WorkerLike, gather
 from cluster.attempts import SupersededError
 from cluster.checkpoint_reader import Checkpoint, CheckpointDeletedError, read_latest
+from cluster.commits import SaveId
 from cluster.coordination import Coordination, CoordinatorGoneError, CoordinatorSpec
-from cluster.coordinator import COMMITTED, SUPERSEDED, SaveId
+from cluster.coordinator import COMMITTED, SUPERSEDED
 from cluster.lease import RunHeldError
 from cluster.local_coordinator import HostedCoordination
 from cluster.manifest import ManifestId

@@ -7,33 +7,20 @@ have to say until it is answered, and everything that they say may come late, tw
 
 from __future__ import annotations
 
-import json
-import platform
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.attempts import (
-    SupersededError,
-    manifest_ids,
-    read_history,
-    record_start,
-    require_newest,
-    win_number,
-)
-from cluster.manifest import Manifest, ManifestError, ManifestId, read_manifest, visible_chain
-from cluster.parts import Growth, join_parts
+from cluster.attempts import SupersededError, read_history, record_start, require_newest, win_number
+from cluster.commits import Commits, SaveId
+from cluster.manifest import ManifestId, read_manifest
 from cluster.patience import is_transient
-from cluster.retention import Retention, plan_removal, remove
+from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
-_LIBRARIES = ("torch", "numpy", "safetensors", "fsspec")
 _REMEMBERED = 16
 COMMIT_TRIES = 100
 """How often a save is tried to be committed while the storage fails in ways that pass."""
@@ -41,24 +28,6 @@ DOUBT_REPEATS = 600
 """How often a rank repeats itself, once a second, to a coordinator that was started again before the others, which have
 not spoken since, are taken to have heard a failure from the one before."""
 COLLECTING, COMMITTED, FAILED, SUPERSEDED = "collecting", "committed", "failed", "superseded"
-
-
-@dataclass(frozen=True, order=True)
-class SaveId:
-    """Which save: the attempt, the step, and the number of the save within the attempt."""
-
-    attempt: int
-    step: int
-    number: int
-
-    @property
-    def manifest(self) -> ManifestId:
-        return ManifestId(self.attempt, self.step)
-
-    @property
-    def prefix(self) -> str:
-        """The beginning of the keys of the objects of this save."""
-        return f"{self.manifest.objects_prefix}{self.number:04d}"
 
 
 @dataclass
@@ -74,21 +43,6 @@ class _Save:
         return len(self.parts) == self.world_size or bool(self.failures)
 
 
-@dataclass
-class _Run:
-    """What the store says of the attempt whose saves are committed. last: its newest checkpoint, or its parent."""
-
-    attempt: int
-    parents: dict[int, ManifestId | None]
-    damaged: tuple[ManifestId, ...]
-    last: Manifest | None
-    is_cleaned: bool = False
-
-    @property
-    def growth(self) -> dict[str, Any] | None:
-        return asdict(Growth.of(self.last)) if self.last else None
-
-
 class Coordinator:
     """Checkpoints of one run. `begin_attempt`, `start_attempt` and `work` use the store, the rest does not.
 
@@ -97,16 +51,14 @@ class Coordinator:
 
     def __init__(self, store: Store, *, retention: Retention | None = None) -> None:
         self._store = store
-        self._retention = retention or Retention()
+        self._commits = Commits(store, retention or Retention())
         self._lock = threading.Lock()
         self._saves: dict[SaveId, _Save] = {}
         self._outcomes: dict[SaveId, dict[str, Any]] = {}
         self._attempt = 0
         """The newest attempt that is known to have won a number."""
-        self._run: _Run | None = None
-        # An attempt can start while a commit of the one before is still at work: each has its own `_Run`.
         self._sure_of: int | None = None
-        """The attempt of whose present save no coordinator before this one can have told the outcome."""
+        """The attempt that was started here, or of which the ranks were told here what became of a save."""
 
     def begin_attempt(self) -> dict[str, Any]:
         """Win a number for a new attempt, and return what it may start from: the valid checkpoints, oldest first.
@@ -141,10 +93,11 @@ class Coordinator:
         """
         started_from = ManifestId(*parent) if parent else None
         record_start(self._store, attempt, started_from, tuple(ManifestId(*id) for id in damaged), about)
-        run = self._adopt(attempt)
+        growth = self._commits.adopt(attempt)
         with self._lock:
+            self._attempt = max(self._attempt, attempt)
             self._sure_of = attempt
-        return {"growth": None if damaged else run.growth}
+        return {"growth": None if damaged else growth}
 
     def acknowledge(
         self, attempt: int, step: int, number: int, rank: int, world_size: int, message: Mapping[str, Any]
@@ -180,7 +133,7 @@ class Coordinator:
         with self._lock:
             complete = min((id for id, save in self._saves.items() if save.is_complete), default=None)
             id = complete or max(self._saves, default=None)
-            if id is None or (not complete and (id.attempt == self._sure_of or id.attempt < self._attempt)):
+            if id is None or (not complete and (self._is_sure_of(id) or id.attempt < self._attempt)):
                 return False
             save = self._saves[id]
         outcome = self._decide(id, save) if complete else self._resolve(id, save)
@@ -223,6 +176,13 @@ class Coordinator:
             return {"state": FAILED, "error": "; ".join(texts), "permanent": permanent}
         return self._guarded(save, lambda: self._commit(id, [save.parts[rank] for rank in range(save.world_size)]))
 
+    def _commit(self, id: SaveId, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {"state": COMMITTED, **self._commits.commit(id, parts)}
+
+    def _is_sure_of(self, id: SaveId) -> bool:
+        """Whether no coordinator before this one can have told the outcome of the attempt's present save."""
+        return id.attempt in (self._sure_of, self._commits.wrote)
+
     def _resolve(self, id: SaveId, save: _Save) -> dict[str, Any] | None:
         """Return what the coordinator before this one told ranks that no longer ask, None while nobody knows.
 
@@ -260,116 +220,3 @@ class Coordinator:
                 return None
             text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
             return {"state": FAILED, "error": text, "permanent": not is_transient(error)}
-
-    def _commit(self, id: SaveId, parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-        started_s = time.perf_counter()
-        require_newest(self._store, id.attempt)
-        run = self._run
-        if run is None or run.attempt != id.attempt:
-            run = self._adopt(id.attempt)
-        manifest = self._written(run, id, parts)
-        # A manifest beside a newer attempt's is never valid; whoever wrote it must not count on it.
-        require_newest(self._store, id.attempt)
-        run.last = manifest
-        committed_s = time.perf_counter()
-        warnings = self._remove_old(run, id)
-        written = [stored for stored in manifest.objects() if stored.key.startswith(f"{id.prefix}/")]
-        num_bytes = sum(stored.num_bytes for stored in written)
-        return {
-            "state": COMMITTED,
-            "num_bytes": num_bytes,
-            "table_bytes": num_bytes - manifest.tensors.num_bytes,
-            "is_base": not any(part["since"] for part in parts),
-            "snapshot_s": max(part["snapshot_s"] for part in parts),
-            "write_s": max(part["write_s"] for part in parts),
-            "commit_s": committed_s - started_s,
-            "retention_s": time.perf_counter() - committed_s,
-            "wish": parts[0].get("wish", 0),
-            "growth": run.growth,
-            "warnings": warnings,
-        }
-
-    def _written(self, run: _Run, id: SaveId, parts: list[Mapping[str, Any]]) -> Manifest:
-        """Write the manifest, unless it is there already, and return what is there."""
-        earliest = 0 if run.last is None else run.last.step
-        if id.step < earliest:
-            raise ValueError(f"step: found {id.step}, expected at least {earliest}, after the checkpoint before")
-        try:
-            # Written before the answer to its create was lost, or before this coordinator was started again.
-            manifest = read_manifest(self._store, id.manifest)
-            if manifest.save != id.number:
-                raise ValueError(f"step: {id.step} was saved already")
-            return manifest
-        except ObjectMissingError:
-            pass
-        except ManifestError as error:
-            raise CheckpointError(f"{id.manifest.key} in {self._store.uri} is there already: {error}") from error
-        tables, tensors = join_parts(parts, self._base_of(run, parts))
-        manifest = Manifest(
-            attempt=id.attempt,
-            step=id.step,
-            save=id.number,
-            parent=run.last.id if run.last else None,
-            created=datetime.now(UTC).isoformat(timespec="microseconds"),
-            versions={
-                "python": platform.python_version(),
-                **{name: version(name) for name in _LIBRARIES},
-                **parts[0].get("versions", {}),
-            },
-            digests=parts[0].get("digests", {}),
-            metrics=parts[0]["metrics"],
-            tables=tables,
-            tensors=tensors,
-            state=json.loads(parts[0]["state"]),
-        )
-        if not self._store.claim(id.manifest.key, manifest.to_bytes()):
-            raise CheckpointError(f"{id.manifest.key} in {self._store.uri} is there already, with other content")
-        with self._lock:
-            self._sure_of = id.attempt
-        return manifest
-
-    def _base_of(self, run: _Run, parts: list[Mapping[str, Any]]) -> Manifest | None:
-        """Return the checkpoint that the parts add to: the last one, or one before it where workers were told that the
-        last failed.
-        """
-        since = parts[0]["since"]
-        if since is None or (run.last is not None and run.last.id == ManifestId(*since)):
-            return run.last
-        return read_manifest(self._store, ManifestId(*since))
-
-    def _adopt(self, attempt: int) -> _Run:
-        """Take over an attempt from what the store says of it, as after a restart of this coordinator."""
-        history = read_history(self._store)
-        if max(history.attempts, default=0) != attempt:
-            raise SupersededError(
-                f"attempt {attempt} has not started, or is no longer the newest: this process must end"
-            )
-        chain = history.chain
-        last = read_manifest(self._store, chain[-1]) if chain else None
-        run = _Run(attempt, history.parents, history.damaged, last)
-        with self._lock:
-            self._attempt = max(self._attempt, attempt)
-            self._run = run
-        return run
-
-    def _remove_old(self, run: _Run, id: SaveId) -> list[str]:
-        """Apply retention; a failure costs space and not the checkpoint, so that it is a warning."""
-        try:
-            manifests = manifest_ids(self._store)
-            removal = plan_removal(
-                self._store,
-                attempt=id.attempt,
-                save=id.number,
-                chain=visible_chain(run.parents, manifests),
-                manifests=manifests,
-                damaged=run.damaged,
-                retention=self._retention,
-                dead_attempts=not run.is_cleaned,
-            )
-            # A newer attempt may need what this one would delete, if it found the newest checkpoints damaged.
-            require_newest(self._store, id.attempt)
-            remove(self._store, removal)
-            run.is_cleaned = True
-        except OSError as error:
-            return [f"older checkpoints were not removed: {error}"]
-        return []

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.checkpoint_writer import write_part
+from cluster.commits import SaveId
 from cluster.coordination import Coordination
-from cluster.coordinator import COLLECTING, FAILED, SaveId
+from cluster.coordinator import COLLECTING, FAILED
 from cluster.manifest import ManifestId
 from cluster.patience import is_transient
 from cluster.phase import Phase, phase

@@ -17,7 +17,8 @@ from reference_bank import NUM_ROWS, World, rows_written
 from cluster.attempts import attempt_numbers
 from cluster.checkpoint_reader import Checkpoint, verify_share
 from cluster.checkpoint_writer import write_part
-from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, Coordinator, SaveId
+from cluster.commits import SaveId
+from cluster.coordinator import COLLECTING, COMMITTED, SUPERSEDED, Coordinator
 from cluster.manifest import ManifestId, read_manifest
 from cluster.retention import Retention
 from cluster.row_table import RowTable

@@ -16,7 +16,8 @@ from cluster.attempts import read_history
 from cluster.checkpoint import SupersededError, read_latest
 from cluster.checkpoint_reader import verify_share
 from cluster.checkpoint_writer import write_part
-from cluster.coordinator import COLLECTING, COMMITTED, FAILED, SUPERSEDED, Coordinator, SaveId
+from cluster.commits import SaveId
+from cluster.coordinator import COLLECTING, COMMITTED, FAILED, SUPERSEDED, Coordinator
 from cluster.manifest import ManifestId
 from cluster.retention import Retention
 from cluster.snapshot import SnapshotTaker
