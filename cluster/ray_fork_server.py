@@ -89,24 +89,26 @@ class ForkServer:
                 self._num_crashes = self._num_crashes + 1 if is_crash else 0
 
     def _answer(self) -> ForkRequest | None:
-        """Fork for one client; return its request in the forked process. What fails costs this client only."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            connection, _ = self._listening.accept()
-            with connection:
-                connection.settimeout(REQUEST_TIMEOUT_S)
-                if not is_own_user(connection):
-                    return None
-                connection.sendall(READY)
-                request, streams = receive_request(connection)
-                try:
-                    pid = os.fork()
-                    if pid == 0:
-                        self._leave(connection, streams)
-                        return request
-                    self._children[pid] = time.monotonic()
-                finally:
-                    for stream in streams:
-                        os.close(stream)
+        """Fork for one client; return its request in the forked process. What fails costs this client only.
+
+        Raises OSError where no connection can be taken for want of descriptors or memory: the next one would not be.
+        """
+        connection, _ = self._listening.accept()
+        with connection, contextlib.suppress(OSError, ValueError, TypeError):
+            connection.settimeout(REQUEST_TIMEOUT_S)
+            if not is_own_user(connection):
+                return None
+            connection.sendall(READY)
+            request, streams = receive_request(connection)
+            try:
+                pid = os.fork()
+                if pid == 0:
+                    self._leave(connection, streams)
+                    return request
+                self._children[pid] = time.monotonic()
+            finally:
+                for stream in streams:
+                    os.close(stream)
         return None
 
     def _leave(self, connection: socket.socket, streams: list[int]) -> None:

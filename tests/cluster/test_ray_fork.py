@@ -257,6 +257,16 @@ def test_workers_that_crash_soon_end_their_server(raylet, tmp_path):
     assert "refused before" in raylet.client(script).stderr
 
 
+def test_a_server_that_can_take_no_connection_is_followed_by_another(raylet, hello):
+    worker = raylet.waiting_worker()
+    (server,) = raylet.family()
+    server.rlimit(psutil.RLIMIT_NOFILE, (server.num_fds(),) * 2)
+    assert raylet.client(hello).returncode == 1  # the worker is started as Ray starts it
+    wait_until(lambda: not raylet.family(), 5)
+    assert raylet.client(hello).returncode == 0  # from the next one
+    worker.kill()
+
+
 def test_other_peoples_files_are_not_followed(raylet, hello, tmp_path):
     """Folders of Ray are open to everybody, and what lies in the folder of a job is not the project's."""
     (raylet.folder / "json.py").write_text("raise SystemExit(9)")
