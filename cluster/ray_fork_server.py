@@ -71,7 +71,11 @@ class ForkServer:
             if self._num_crashes >= MOST_CRASHES:
                 raise ForkRefused(f"{self._num_crashes} workers crashed within {CRASH_S:g} s of their fork")
             if self._listening.fileno() in ready:
-                request = self._answer()
+                try:
+                    request = self._answer()
+                except OSError as error:
+                    print(f"no more workers are forked here: {error!r}", flush=True)
+                    return None
                 if request is not None:
                     return request
             elif not self._children and time.monotonic() - self._idle_since_s >= IDLE_S:
@@ -94,7 +98,7 @@ class ForkServer:
         Raises OSError where no connection can be taken for want of descriptors or memory: the next one would not be.
         """
         connection, _ = self._listening.accept()
-        with connection, contextlib.suppress(OSError, ValueError, TypeError):
+        with connection, contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             connection.settimeout(REQUEST_TIMEOUT_S)
             if not is_own_user(connection):
                 return None

@@ -97,12 +97,19 @@ class SpotWatch:
             self._pending.clear()  # the nearest deadline counts
 
 
+def _is_http(url: str) -> bool:
+    try:
+        place = urlsplit(url)
+        return place.scheme == "http" and bool(place.hostname) and place.port != 0
+    except ValueError:  # the port
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Watch until the node's raylet ends; 0, or 2 where it is not clear which node to watch."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s spot_watch: %(message)s", stream=sys.stderr)
-    place = urlsplit(options.metadata_url)
-    if place.scheme != "http" or not place.hostname:
+    if not _is_http(options.metadata_url):
         print(f"--metadata-url {options.metadata_url}: expected http://HOST[:PORT]", file=sys.stderr)
         return USER_ERROR
     if not options.poll_s > 0:

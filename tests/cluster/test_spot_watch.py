@@ -369,6 +369,7 @@ def test_a_notice_from_the_past_still_leaves_some_seconds(monkeypatch):
     ("arguments", "told"),
     [
         (["--metadata-url", "169.254.169.254"], "expected http://HOST"),
+        (["--metadata-url", "http://127.0.0.1:99999"], "expected http://HOST"),
         (["--poll-s", "0"], "expected seconds, more than 0"),
         (["--poll-s", "nan"], "expected seconds, more than 0"),
         (["--address", "10.255.0.1:1", "--wait-s", "0"], "no Ray node of this machine fits address 10.255.0.1:1"),
