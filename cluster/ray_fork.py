@@ -87,7 +87,10 @@ def receive_request(connection: socket.socket) -> tuple[ForkRequest, list[int]]:
             if not piece:
                 raise ConnectionError("the request ended early")
             text += piece
-        return ForkRequest(**json.loads(text)), streams
+        try:
+            return ForkRequest(**json.loads(text)), streams
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConnectionError(f"found no request: {error}") from error
     except BaseException:
         for stream in streams:
             os.close(stream)

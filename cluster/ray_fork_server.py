@@ -98,7 +98,7 @@ class ForkServer:
         Raises OSError where no connection can be taken for want of descriptors or memory: the next one would not be.
         """
         connection, _ = self._listening.accept()
-        with connection, contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        with connection, contextlib.suppress(OSError):
             connection.settimeout(REQUEST_TIMEOUT_S)
             if not is_own_user(connection):
                 return None
