@@ -24,7 +24,7 @@ from instdisc.config_sections import (
     SystemConfig,
     check,
 )
-from instdisc.overrides import apply_overrides, from_plain
+from instdisc.overrides import apply_overrides, from_plain, values_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,11 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Return the configuration that `to_json` wrote. Raises ConfigError on fields that this version lacks."""
+        """Return the configuration that `to_json` wrote, in this version or an older one.
+
+        Raises OverrideError on fields that this version lacks. A field that the text lacks takes the value that
+        reproduces what its version did (`overrides.BEFORE`).
+        """
         return from_plain(cls, json.loads(text))
 
 
@@ -108,9 +112,35 @@ MAY_CHANGE_ON_RESUME = frozenset(
 
 
 def lasting_digest(config: TrainConfig) -> str:
-    """Return a digest of the fields that may not change when a run goes on, SHA-256 (hex)."""
-    lasting = {name: value for name, value in flatten(config).items() if name not in MAY_CHANGE_ON_RESUME}
+    """Return a digest of the fields that may not change when a run goes on, SHA-256 (hex).
+
+    A field that was added later and has the value that stands for its absence is left out, so that the checkpoints of
+    older versions keep their digest.
+    """
+    before = values_before(TrainConfig)
+    lasting = {
+        name: value
+        for name, value in flatten(config).items()
+        if name not in MAY_CHANGE_ON_RESUME and not (name in before and before[name] == value)
+    }
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
+
+
+def as_begun(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
+    """Return `asked` with what the first start decided: the normalisation group, and the rules of an older version.
+
+    A field that was added after the run began, and that `asked` leaves at its default, keeps the value that reproduces
+    what the run did so far.
+    """
+    before, now, default = flatten(stored), flatten(asked), flatten(TrainConfig())
+    kept = {
+        name: value
+        for name, value in values_before(TrainConfig).items()
+        if before[name] == value and now[name] == default[name] and name not in MAY_CHANGE_ON_RESUME
+    }
+    if now["optim.norm_group"] is None:
+        kept["optim.norm_group"] = before["optim.norm_group"]
+    return asked.with_overrides(kept)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -125,10 +155,8 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def resume_differences(stored: TrainConfig, asked: TrainConfig) -> list[str]:
-    """Return a line per field that differs and may not change when a run goes on; norm_group None means as stored."""
-    before, now = flatten(stored), flatten(asked)
-    if now["optim.norm_group"] is None:
-        now["optim.norm_group"] = before["optim.norm_group"]
+    """Return a line per field that differs and may not change when a run goes on, after `as_begun`."""
+    before, now = flatten(stored), flatten(as_begun(stored, asked))
     return [
         f"{name}: the run has {before[name]!r}, asked for {now[name]!r}"
         for name in before

@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+BEFORE = "before"
+"""Key of a field's metadata: the value that reproduces what a version without the field did."""
+
 
 class OverrideError(ValueError):
     """An override that names no field or whose value does not read as the field's type."""
@@ -28,6 +31,18 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
         else:
             names.append(prefix + f.name)
     return names
+
+
+def values_before(kind: type, prefix: str = "") -> dict[str, Any]:
+    """Return, by dotted name, the value that stands for a field's absence, of all fields that a newer version added."""
+    hints = typing.get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= values_before(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+        elif BEFORE in f.metadata:
+            found[prefix + f.name] = f.metadata[BEFORE]
+    return found
 
 
 def apply_overrides(config: T, overrides: Mapping[str, Any]) -> T:
@@ -59,7 +74,11 @@ def as_typed(value: Any) -> str:
 
 
 def from_plain(kind: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
-    """Return the dataclass that `dataclasses.asdict` turned into `plain` (through JSON, so lists are tuples)."""
+    """Return the dataclass that `dataclasses.asdict` turned into `plain` (through JSON, so lists are tuples).
+
+    A field that `plain` lacks was added by a newer version: it takes the value in its metadata under `BEFORE`, which
+    reproduces what the older version did, or its default where it has none.
+    """
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     unknown = [name for name in plain if name not in known]
@@ -73,6 +92,11 @@ def from_plain(kind: type[T], plain: Mapping[str, Any], prefix: str = "") -> T:
         else _read(value, hints[name], prefix + name)
         for name, value in plain.items()
     }
+    for f in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        if f.name not in plain and dataclasses.is_dataclass(hints[f.name]):
+            values[f.name] = from_plain(hints[f.name], {}, f"{prefix}{f.name}.")
+        elif f.name not in plain and BEFORE in f.metadata:
+            values[f.name] = f.metadata[BEFORE]
     return kind(**values)
 
 

@@ -27,7 +27,7 @@ from cluster.coordination import CoordinatorSpec
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
-from instdisc.config import TrainConfig, resume_differences
+from instdisc.config import TrainConfig, as_begun, resume_differences
 from instdisc.config_sections import ConfigError
 
 CONFIG = "config.json"
@@ -100,8 +100,7 @@ class Run:
         if self.store.create(CONFIG, agreed.to_json().encode()):
             return agreed
         if self.store.exists(DIGEST):
-            group = self.require_same_config(asked).optim.norm_group
-            return asked.with_overrides({"optim.norm_group": group})
+            return as_begun(self.require_same_config(asked), asked)
         self.keep_config(agreed)
         return agreed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 
 import pytest
 
@@ -12,7 +13,7 @@ from instdisc.cli.overrides import parse_overrides
 from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, flatten, resume_differences
 from instdisc.config_sections import ConfigError, OptimConfig
 from instdisc.launch import absolute
-from instdisc.overrides import OverrideError, field_names
+from instdisc.overrides import BEFORE, OverrideError, field_names, from_plain
 from instdisc.runs import Run
 
 
@@ -128,6 +129,19 @@ def test_the_list_of_fields_that_may_change_names_real_fields():
 def test_a_configuration_with_fields_of_a_newer_version_is_refused():
     with pytest.raises(OverrideError, match=r"optim\.sharpness"):
         TrainConfig.from_json(TrainConfig().to_json().replace('"lr":', '"sharpness": 1,\n"lr":'))
+
+
+def test_a_configuration_of_an_older_version_keeps_its_digest_and_its_rules():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Newer(TrainConfig):
+        rule: str = dataclasses.field(default="new", metadata={BEFORE: "old"})
+
+    older = json.dumps(
+        {name: value for name, value in json.loads(TrainConfig().to_json()).items() if name != "elastic"}
+    )
+    assert TrainConfig.from_json(older) == TrainConfig()
+    assert from_plain(Newer, json.loads(older)).rule == "old"
+    assert from_plain(Newer, {**json.loads(older), "rule": "new"}).rule == "new"
 
 
 def test_sections_are_frozen():
