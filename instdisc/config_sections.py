@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dataloading.choices import BACKENDS, ORDERS, SOURCE_KINDS
 from dataloading.listing import SPLIT_NAMES
 from dataloading.order import OrderConfig
+from instdisc.overrides import BEFORE
 
 ARCHITECTURES = (
     *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "alexnet", "vgg16"),
@@ -16,6 +17,7 @@ ARCHITECTURES = (
 )
 HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
+STEP_COUNTS = ("exact", "rounded")
 OVERLAPS = ("skip", "wait")
 SPLITS = tuple(SPLIT_NAMES)
 
@@ -134,6 +136,9 @@ class OptimConfig:
 
     epochs: float = 200
     """Passes over the training images."""
+    step_count: str = field(default="exact", metadata={BEFORE: "rounded"})
+    """How many steps `epochs` are: "exact", the number as it is typed times the images, or "rounded", a product of
+    floats, which may be a step more; runs that were begun with it keep it."""
     global_batch: int = 256
     """G, images per step over all workers; constant whatever the number of workers."""
     norm_group: int | None = None
@@ -162,6 +167,7 @@ class OptimConfig:
         check(
             "optim",
             ("epochs", self.epochs, self.epochs > 0 and math.isfinite(self.epochs), "more than 0"),
+            ("step_count", self.step_count, self.step_count in STEP_COUNTS, f"one of {', '.join(STEP_COUNTS)}"),
             ("global_batch", self.global_batch, self.global_batch >= 2, "at least 2"),
             ("norm_group", self.norm_group, self.norm_group is None or self.norm_group >= 2, "at least 2, or none"),
             (

@@ -1,8 +1,14 @@
-"""Learning rate and bank momentum of each step: pure functions of the configuration and the step."""
+"""What epochs are in steps, and the learning rate and bank momentum of each step: pure functions of the configuration.
+
+Epochs are what was typed: 16.1 of them over 1,000 rows are 16,100 positions of the stream, not the product of floats,
+which is a little more. Step t stands at position t*G.
+"""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import lru_cache
 
 from instdisc.config_method import BankConfig
 from instdisc.config_sections import OptimConfig
@@ -10,7 +16,27 @@ from instdisc.config_sections import OptimConfig
 
 def num_steps(config: OptimConfig, num_rows: int) -> int:
     """Return the steps of the whole run: the epochs over N rows in batches of G, the last one filled by the stream."""
-    return max(1, math.ceil(config.epochs * num_rows / config.global_batch))
+    if config.step_count == "rounded":
+        return max(1, math.ceil(config.epochs * num_rows / config.global_batch))
+    return max(1, first_step_at(config.epochs, config.global_batch, num_rows))
+
+
+@lru_cache
+def first_step_at(epochs: float, global_batch: int, num_rows: int) -> int:
+    """Return the first step before which so many epochs have passed."""
+    return math.ceil(_positions(epochs, num_rows) / global_batch)
+
+
+def multiples_passed(every_epochs: float, step: int, global_batch: int, num_rows: int) -> int:
+    """Return how many multiples of so many epochs have passed before step `step`."""
+    apart = _positions(every_epochs, num_rows)
+    return step * global_batch * apart.denominator // apart.numerator
+
+
+@lru_cache
+def _positions(epochs: float, num_rows: int) -> Fraction:
+    """Return how many positions so many epochs are: of the number that a person writes for the float."""
+    return Fraction(repr(float(epochs))) * num_rows
 
 
 def learning_rate(config: OptimConfig, step: int, num_rows: int) -> float:
@@ -19,13 +45,14 @@ def learning_rate(config: OptimConfig, step: int, num_rows: int) -> float:
     Linear warm-up, then "constant", "step" (times gamma at every milestone) or "cosine" down to final_lr
     (arXiv 1608.03983, without restarts).
     """
-    epoch = step * config.global_batch / num_rows
-    if epoch < config.warmup_epochs:
+    batch = config.global_batch
+    if step < first_step_at(config.warmup_epochs, batch, num_rows):
         # The first step does not stand still: it takes the rate that the end of the step reaches.
-        return config.lr * min(1.0, (step + 1) * config.global_batch / num_rows / config.warmup_epochs)
+        return config.lr * min(1.0, (step + 1) * batch / num_rows / config.warmup_epochs)
     if config.schedule == "step":
-        return config.lr * config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        return config.lr * config.gamma ** sum(step >= first_step_at(m, batch, num_rows) for m in config.milestones)
     if config.schedule == "cosine":
+        epoch = step * batch / num_rows
         progress = min(1.0, (epoch - config.warmup_epochs) / max(1e-12, config.epochs - config.warmup_epochs))
         return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +15,7 @@ from dataloading.order import make_order
 from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
 from instdisc.config import TrainConfig
 from instdisc.runs import NEIGHBOURS, Run, RunResult
-from instdisc.schedule import learning_rate, num_steps
+from instdisc.schedule import learning_rate, multiples_passed, num_steps
 from instdisc.train.bank_health import BankHealth, measure
 from instdisc.train.evaluation import Evaluation, EvaluationInterrupted, KnnEvaluator
 from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
@@ -153,8 +152,9 @@ class Training:
         every, step = self.config.eval.every_epochs, self.state.step
         if every == 0 or self.evaluator is None or not 0 < step < self.num_steps:
             return False
-        passed = [math.floor(s * self.config.optim.global_batch / self.num_rows / every) for s in (step - 1, step)]
-        return passed[1] > passed[0]
+        batch = self.config.optim.global_batch
+        before, now = (multiples_passed(every, s, batch, self.num_rows) for s in (step - 1, step))
+        return now > before
 
     def _is_evaluated(self) -> bool:
         """Whether this step has its evaluation."""
