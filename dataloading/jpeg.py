@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 _IN_SCAN = np.zeros(256, dtype=np.bool_)
 _IN_SCAN[[0x00, *range(0xD0, 0xD8), 0xFF]] = True
@@ -12,17 +13,34 @@ _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BETWEEN_SCANS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Huffman tables, restart intervals, comments and application data."""
+MAX_SCAN_PIXELS = 1_500_000_000
+"""Most pixels of all scans of a file together, which take a second or two; a progressive image has some ten scans."""
+_LEAST_PIXELS = 4096
+"""A scan costs as much as this many pixels at least."""
+_MAX_SCANS = 1000
+
+
+def num_scans(encoded: bytes) -> int:
+    """Return how many scans a JPEG file has at most (previews in it count): their marker stands nowhere else."""
+    return encoded.count(b"\xff\xda")
+
+
+def is_too_much_work(num_scans: int, height: int, width: int) -> bool:
+    """Return whether the scans of an image would take longer to decode than any image that somebody wanted to keep."""
+    return num_scans * max(_LEAST_PIXELS, height * width) > MAX_SCAN_PIXELS
 
 
 def is_sound(encoded: bytes) -> bool:
     """Return whether a JPEG file is one gray or colour frame whose scans end where they should, up to its end marker.
 
     A file that was damaged in mid-scan has other markers there. libjpeg goes on without a word in a part of the image
-    and fails in another, so that whether it decodes depends on the window. Takes some 50 microseconds for 100 kB.
+    and fails in another, so that whether it decodes depends on the window. A file of so many scans that they would take
+    seconds is none either. Takes some 50 microseconds for 100 kB.
     """
-    place, frame, num_scans = 2, 0, 0
+    place, frame, found, height, width = 2, 0, 0, 0, 0
     if encoded[:2] != b"\xff\xd8":
         return False
+    ends_E: NDArray[np.intp] | None = None
     while True:
         while encoded[place : place + 2] == b"\xff\xff":  # markers may be padded
             place += 1
@@ -30,13 +48,13 @@ def is_sound(encoded: bytes) -> bool:
             return False
         marker = encoded[place + 1]
         if marker == _END:
-            return num_scans > 0
+            return found > 0
         length = int.from_bytes(encoded[place + 2 : place + 4])
         num_components = encoded[place + 9 : place + 10]
         place += 2 + length
         if marker == _START or length < 2 or place > len(encoded):
             return False
-        if num_scans and marker != _SCAN and marker not in _BETWEEN_SCANS:
+        if found and marker != _SCAN and marker not in _BETWEEN_SCANS:
             return False
         if marker in _FRAMES:
             if frame or (marker not in _BASELINE and marker != _PROGRESSIVE):
@@ -44,17 +62,22 @@ def is_sound(encoded: bytes) -> bool:
             if num_components not in (b"\1", b"\3"):  # how inks become colours, every decoder rounds in its own way
                 return False
             frame = marker
+            height, width = (int.from_bytes(encoded[place - length + at : place - length + at + 2]) for at in (3, 5))
         elif marker == _SCAN:
             # A baseline image in several scans is rare; more often that is what damage looks like.
-            if not frame or (num_scans and frame != _PROGRESSIVE):
+            if not frame or (found and frame != _PROGRESSIVE):
                 return False
-            num_scans += 1
-            place = _end_of_scan(encoded, place)
+            found += 1
+            if found > _MAX_SCANS or is_too_much_work(found, height, width):
+                return False
+            if ends_E is None:  # once for all scans: a file may have very many
+                ends_E = place + _ends_of_scans(encoded, place)
+            end = int(np.searchsorted(ends_E, place))
+            place = int(ends_E[end]) if end < len(ends_E) else len(encoded)
 
 
-def _end_of_scan(encoded: bytes, start: int) -> int:
-    """Return the place of the marker that ends a scan, or the length of the file."""
+def _ends_of_scans(encoded: bytes, start: int) -> NDArray[np.intp]:
+    """Return the places, counted from `start`, of markers that end a scan."""
     bytes_P = np.frombuffer(encoded, np.uint8, offset=start)
     places = np.flatnonzero(bytes_P[:-1] == 0xFF)
-    ends = np.flatnonzero(~_IN_SCAN[bytes_P[places + 1]])
-    return start + int(places[ends[0]]) if len(ends) else len(encoded)
+    return places[~_IN_SCAN[bytes_P[places + 1]]]

@@ -10,15 +10,20 @@ in DALI 2.4 it takes its whole batch with it, and now and then the process.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia import nvimgcodec
 from torch import Tensor
 
 from dataloading.encoded import Window
+
+# Read once, as the package is imported. It would print two lines for each image that it cannot do, in colours: such
+# images are Pillow's, which does them or says why.
+os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+from nvidia import nvimgcodec
 
 _of_thread = threading.local()
 

@@ -15,10 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from dataloading import headers, jpeg
-
-_PNG_END = b"IEND"
-_TAIL_BYTES = 4096
+from dataloading import chunks, headers, jpeg
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,9 @@ def is_plain(encoded: bytes, image_format: str) -> bool:
     if image_format == "JPEG":
         return jpeg.is_sound(encoded)
     if image_format == "PNG":
-        return _PNG_END in encoded[-_TAIL_BYTES:] and b"acTL" not in encoded[:_TAIL_BYTES]
+        return chunks.is_sound_png(encoded)
     if image_format == "WEBP":
-        return len(encoded) >= 8 + int.from_bytes(encoded[4:8], "little") and b"ANIM" not in encoded[:64]
+        return chunks.is_sound_webp(encoded)
     return False
 
 
