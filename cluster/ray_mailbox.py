@@ -22,6 +22,9 @@ from cluster.outbox import Outbox
 from cluster.worker import Cause
 
 MOST_EARLY = 256
+MOST_CALLS = 1_000_000
+"""At the same time. Each worker has a call waiting for as long as it lives; Ray's own limit is 1,000, beyond which nobody
+would be answered any more."""
 
 
 class Order(Enum):
@@ -165,7 +168,7 @@ class Mailbox:
 def start_mailbox() -> Any:
     """Start the actor beside the driver: it must not sit on a machine that can be taken away."""
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    return ray.remote(Mailbox).options(num_cpus=0, label_selector=here).remote()
+    return ray.remote(Mailbox).options(num_cpus=0, label_selector=here, max_concurrency=MOST_CALLS).remote()
 
 
 class Post:

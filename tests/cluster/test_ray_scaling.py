@@ -109,6 +109,18 @@ class World:
         return [json.loads(event)["text"] for event in ray.get(self.mailbox.take.remote())]
 
 
+def test_4096_calls_that_wait_hold_nobody_up_and_all_are_answered(mailbox):
+    group = ray.get(mailbox.open_group.remote())
+    orders = [mailbox.wait_for_order.remote(group) for _ in range(2048)]
+    meetings = [mailbox.rendezvous.remote(group) for _ in range(2048)]
+    assert ray.wait([*orders, *meetings], timeout=1, fetch_local=False)[0] == []
+    assert ray.get([mailbox.take.remote(), mailbox.group.remote()], timeout=20)[1][0] == group
+    ray.get(mailbox.open_rendezvous.remote(group, "127.0.0.1", 7), timeout=20)
+    assert set(ray.get(meetings, timeout=30)) == {("127.0.0.1", 7)}
+    mailbox.request_stop.remote()
+    assert set(ray.get(orders, timeout=30)) == {Order.STOP}
+
+
 def test_the_first_group_waits_for_machines_that_come_one_after_the_other_and_not_for_more_than_the_most(mailbox):
     world = World(mailbox, least=2, most=3)
     assert world.idle() is None
