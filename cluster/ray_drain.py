@@ -5,12 +5,14 @@ Over plain gRPC with deadlines: Ray's own client ends the process that uses it w
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import grpc
 from ray._private.grpc_utils import init_grpc_channel
 from ray._raylet import AuthenticationTokenLoader  # pyright: ignore[reportAttributeAccessIssue] - compiled
 from ray.core.generated import autoscaler_pb2, autoscaler_pb2_grpc, gcs_pb2, gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
 
 REQUEST_TIMEOUT_S = 3.0
 
@@ -30,26 +32,31 @@ def drain_node(address: str, node_id: str, message: str, deadline_s: float) -> N
         deadline_s: Unix time in seconds.
 
     Raises:
-        NotDrained: the head does not answer, refuses, or does not know the node (yet).
+        NotDrained: the head does not answer, refuses, or does not know the node (yet), or the token cannot be read now.
     """
     # A new channel each time: one that failed waits longer and longer before it tries again.
-    channel: Any = init_grpc_channel(address)
     try:
-        _check_known(channel, node_id)
-        request = autoscaler_pb2.DrainNodeRequest(  # pyright: ignore[reportAttributeAccessIssue] - generated
-            node_id=bytes.fromhex(node_id),
-            reason=autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,  # pyright: ignore
-            reason_message=message,
-            deadline_timestamp_ms=int(deadline_s * 1000),
-        )
-        state = autoscaler_pb2_grpc.AutoscalerStateServiceStub(channel)
-        reply = state.DrainNode(request, timeout=REQUEST_TIMEOUT_S, wait_for_ready=True)
+        with contextlib.closing(init_grpc_channel(address)) as channel:
+            reply = _drain(channel, node_id, message, deadline_s)
     except grpc.RpcError as error:
         raise NotDrained(_reason(address, error)) from error
-    finally:
-        channel.close()
+    except AuthenticationError as error:
+        AuthenticationTokenLoader.instance().reset_cache()
+        raise NotDrained(f"the authentication token cannot be read: {error}") from error
     if not reply.is_accepted:
         raise NotDrained(f"the cluster at {address} refused: {reply.rejection_reason_message}")
+
+
+def _drain(channel: Any, node_id: str, message: str, deadline_s: float) -> Any:
+    _check_known(channel, node_id)
+    request = autoscaler_pb2.DrainNodeRequest(  # pyright: ignore[reportAttributeAccessIssue] - generated
+        node_id=bytes.fromhex(node_id),
+        reason=autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,  # pyright: ignore
+        reason_message=message,
+        deadline_timestamp_ms=int(deadline_s * 1000),
+    )
+    state = autoscaler_pb2_grpc.AutoscalerStateServiceStub(channel)
+    return state.DrainNode(request, timeout=REQUEST_TIMEOUT_S, wait_for_ready=True)
 
 
 def _check_known(channel: Any, node_id: str) -> None:

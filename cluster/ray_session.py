@@ -26,6 +26,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+from ray.exceptions import AuthenticationError
 
 from cluster.environment import environment
 
@@ -169,9 +170,9 @@ def _connect(address: str, quiet: bool, folder: Path | None = None) -> None:
     # worker there in an environment of its own. Nodes have the project installed (or `ray job submit` brings it).
     if _UV_VARIABLE not in os.environ:
         ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
-    if address != "auto":
-        _probe(address)
     try:
+        if address != "auto":
+            _probe(address)
         ray.init(
             address=address,
             log_to_driver=not quiet,
@@ -179,7 +180,9 @@ def _connect(address: str, quiet: bool, folder: Path | None = None) -> None:
             configure_logging=not quiet,
             _temp_dir=None if folder is None else str(folder),
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except RayClusterError:
+        raise
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise RayClusterError(address, str(error).splitlines()[0]) from error
 
 

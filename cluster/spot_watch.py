@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from cluster.local_raylets import AmbiguousRaylet, NoSuchRaylet, Raylet, choose_raylet, local_raylets
-from cluster.metadata_service import METADATA_URL, SERVICES, MetadataService, MetadataUnavailable, Notice, detect
+from cluster.metadata_service import METADATA_URL, SERVICES, MetadataService, Notice, detect
 
 POLL_S = 2.0  # AWS advises at most 5 s; a machine of GCP has 30 s from the notice
 RETRY_S = 1.0
@@ -27,14 +27,14 @@ USER_ERROR = 2
 _LOG = logging.getLogger("instdisc.spot_watch")
 
 Drain = Callable[[str, str, str, float], None]
-"""(address, node id, message, deadline in Unix seconds); raises ConnectionError as long as it is to be tried again."""
+"""(address, node id, message, deadline in Unix seconds); raises as long as it is to be tried again."""
 
 
 class SpotWatch:
-    """Watches one metadata service for one raylet.
+    """Watches one metadata service for one raylet. Whatever goes wrong is told and tried again: nobody starts it anew.
 
     Args:
-        open_service: finds the metadata service; asked again while it raises MetadataUnavailable.
+        open_service: finds the metadata service; asked again while it raises.
     """
 
     def __init__(self, raylet: Raylet, open_service: Callable[[], MetadataService], drain: Drain, poll_s: float):
@@ -65,10 +65,12 @@ class SpotWatch:
                 self._service = self._open_service()
                 _LOG.info("watching the metadata service of %s for %s", self._service.name, self._raylet)
             notices = self._service.poll()
-        except MetadataUnavailable as error:
+        except Exception as error:
             if self._silent_since_s is None:
                 self._silent_since_s = time.monotonic()
-                _LOG.warning("no answer from the metadata service (%s); asking again every %g s", error, self._poll_s)
+                _LOG.warning(
+                    "no answer from the metadata service (%s); asking again every %g s", _said(error), self._poll_s
+                )
             return []
         if self._silent_since_s is not None:
             _LOG.info("the metadata service answers again, after %.0f s", time.monotonic() - self._silent_since_s)
@@ -88,13 +90,19 @@ class SpotWatch:
             deadline_s = max(notice.deadline_s or 0.0, time.time() + LEAST_NOTICE_S)
             try:
                 self._drain(self._raylet.gcs_address, self._raylet.node_id, notice.event, deadline_s)
-            except ConnectionError as error:
+            except Exception as error:
                 if time.monotonic() - self._failed_told_s > TELL_S:
                     self._failed_told_s = time.monotonic()
-                    _LOG.warning("not drained yet (%s); trying again every %g s", error, RETRY_S)
+                    _LOG.warning("not drained yet (%s); trying again every %g s", _said(error), RETRY_S)
                 return
             _LOG.warning("drained: the cluster knows that this node goes in %.0f s", deadline_s - time.time())
             self._pending.clear()  # the nearest deadline counts
+
+
+def _said(error: Exception) -> str:
+    """Return what went wrong on one line, with its kind where that is no passing failure of a connection."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ConnectionError) else f"{type(error).__name__}: {text}"
 
 
 def _is_http(url: str) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.ray_session import RayClusterError, ray_session
+from cluster.ray_session import RayClusterError, _reread_token, ray_session
 from cluster.ray_trainer import run_on_ray
 from cluster.ray_worker import interface_of
 
@@ -125,6 +125,17 @@ def test_an_unused_port_is_refused_at_once():
     with pytest.raises(ConnectionError, match=r"cannot connect .*refused"):
         run_on_ray(sum_ranks, 1, 0, address=address)
     assert time.monotonic() - started < 5
+
+
+def test_a_token_that_cannot_be_read_is_told_as_such(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as server:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+        _reread_token()
+        with pytest.raises(RayClusterError, match="RAY_AUTH_TOKEN_PATH is set but file cannot be opened"):
+            run_on_ray(sum_ranks, 1, 0, address=f"127.0.0.1:{server.getsockname()[1]}")
+    _reread_token()
 
 
 def test_something_that_is_not_a_ray_head_is_refused_within_ten_seconds(capfd):

@@ -16,10 +16,12 @@ import pytest
 from metadata_server import MetadataServer
 from ray_nodes import HEAD, SECOND, end, free_port, two_nodes
 
-from cluster import spot_watch
+from cluster import ray_drain, spot_watch
 from cluster.local_raylets import AmbiguousRaylet, NoSuchRaylet, Raylet, choose_raylet, local_raylets
-from cluster.metadata_service import detect
+from cluster.metadata_service import Notice, detect
 from cluster.open_ports import environment_of, open_ports, ray_processes
+from cluster.ray_drain import NotDrained, drain_node
+from cluster.ray_session import _reread_token
 from cluster.spot_watch import SpotWatch, main
 
 TIMEOUT_S = 60.0
@@ -277,16 +279,73 @@ def test_of_several_raylets_the_one_that_is_meant_is_chosen():
 class Drains:
     """Takes drains, after it has failed a number of times."""
 
-    def __init__(self, num_failures=0):
+    def __init__(self, num_failures=0, error=ConnectionError("the head is away")):
         self.taken = []
+        self._error = error
         self.num_tries = 0
         self._num_failures = num_failures
 
     def __call__(self, address, node_id, message, deadline_s):
         self.num_tries += 1
         if self.num_tries <= self._num_failures:
-            raise ConnectionError("the head is away")
+            raise self._error
         self.taken.append((address, node_id, message, deadline_s))
+
+
+@contextlib.contextmanager
+def token_from(path, monkeypatch):
+    """Ray's token comes from this file, which may not be there."""
+    with monkeypatch.context() as patch:
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+        _reread_token()
+        yield
+    _reread_token()
+
+
+def test_a_token_that_cannot_be_read_now_is_read_at_the_next_try(monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_drain, "REQUEST_TIMEOUT_S", 0.2)
+    path, address = tmp_path / "token", f"127.0.0.1:{free_port()}"
+    with token_from(path, monkeypatch):
+        for text in (None, "", "ab" * 32):
+            if text is not None:
+                path.write_text(text)
+            expected = "no answer from the cluster" if text else "the authentication token cannot be read"
+            with pytest.raises(NotDrained, match=expected):
+                drain_node(address, NODE_ID, "preempted", time.time() + 60)
+
+
+class Failing:
+    """A metadata service that fails in a way of its own, once, before it gives notice."""
+
+    name = "aws"
+
+    def __init__(self):
+        self.num_asked = 0
+
+    def poll(self):
+        self.num_asked += 1
+        if self.num_asked == 1:
+            raise RuntimeError("can't start new thread")
+        return [Notice("spot interruption: terminate", 1e12)]
+
+
+def test_the_watch_outlasts_errors_that_nobody_expected(monkeypatch, caplog):
+    monkeypatch.setattr(spot_watch, "RETRY_S", 0.02)
+    drains = Drains(num_failures=2, error=LookupError("two\nlines"))
+    address = f"10.0.0.1:{free_port()}"
+    with a_process(*of_a_raylet(NODE_ID, "10.0.0.7", address)) as process:
+        watch = SpotWatch(choose_raylet(local_raylets(), address), Failing, drains, poll_s=0.02)
+        thread = threading.Thread(target=watch.run, daemon=True)
+        thread.start()
+        wait_for(lambda: drains.taken)
+        process.kill()
+        process.wait()
+        thread.join(TIMEOUT_S)
+    assert drains.num_tries == 3
+    assert "RuntimeError: can't start new thread" in caplog.text
+    assert "not drained yet (LookupError: two lines)" in caplog.text
 
 
 @contextlib.contextmanager
