@@ -23,8 +23,8 @@ from cluster.worker import Cause
 
 MOST_EARLY = 256
 MOST_CALLS = 1_000_000
-"""At the same time. Each worker has a call waiting for as long as it lives; Ray's own limit is 1,000, beyond which nobody
-would be answered any more."""
+"""At the same time. Each worker has a call waiting for as long as it lives; Ray's own limit is 1,000, beyond which
+nobody would be answered any more."""
 
 
 class Order(Enum):
@@ -73,6 +73,8 @@ class Mailbox:
         self._next_cause = Cause()
         self._is_stopping = False
         self._controller: Any = None
+        self._newest: list[int] | None = None
+        self._num_fruitless = 0
 
     async def put(self, sender: str, number: int, event: str) -> None:
         """A sender's event number 0, 1, … for the driver, as JSON text; see `Post`."""
@@ -109,6 +111,15 @@ class Mailbox:
     async def announce(self, cause: dict[str, Any]) -> None:
         """Why the next group will be started, a `Cause`."""
         self._next_cause = Cause(**cause)
+
+    async def count_restart(self, newest: list[int] | None) -> int:
+        """A restart, when this is the newest checkpoint (None: none, or not known); return the number of restarts in a
+        row without a newer one.
+        """
+        has_newer = newest is not None and newest != self._newest
+        self._num_fruitless = 1 if has_newer else self._num_fruitless + 1
+        self._newest = newest or self._newest
+        return self._num_fruitless
 
     async def fail(self, group: int, failure: Failure) -> None:
         """What a worker of a group raised."""

@@ -21,36 +21,29 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-from cluster.attempts import manifest_ids
-from cluster.coordination import CoordinatorSpec
 from cluster.failures import Failure, Preempted, root_cause
-from cluster.manifest import ManifestId
 from cluster.ray_mailbox import Post
-from cluster.store import Store, StoreError
+from cluster.ray_restart_limit import RestartLimit, TooManyRestartsError
 from cluster.worker import Cause
 
 MAILBOX_TIMEOUT_S = 30.0
-MOST_RESTARTS = 3
-"""In a row, without a new checkpoint, before the run ends."""
 
 
 class Restarts(FailurePolicy):
     """Decides what follows the end of a group. Lives in Ray Train's controller.
 
-    coordinator: of the run's checkpoints; None where there are none, so that nothing could go on.
+    limit: None where there are no checkpoints, so that nothing could go on.
     """
 
-    def __init__(self, failure_config: FailureConfig, mailbox: Any, coordinator: CoordinatorSpec | None) -> None:
+    def __init__(self, failure_config: FailureConfig, mailbox: Any, limit: RestartLimit | None) -> None:
         super().__init__(failure_config)
-        self._mailbox, self._coordinator = mailbox, coordinator
+        self._mailbox, self._limit = mailbox, limit
         self._post = Post(mailbox)
-        self._newest: ManifestId | None = None
-        self._num_failures = 0
 
     def make_decision(self, training_failed_error: Any) -> FailureDecision:
         """RETRY or RAISE."""
         error = training_failed_error
-        if self._coordinator is None:
+        if self._limit is None:
             return FailureDecision.RAISE
         if isinstance(error, ControllerError):
             cause = error.controller_failure
@@ -69,26 +62,16 @@ class Restarts(FailurePolicy):
         return self._again(_what_happened(error, failures))
 
     def _again(self, text: str) -> FailureDecision:
-        newest = self._newest_checkpoint()
-        self._num_failures = self._num_failures + 1 if newest == self._newest else 1
-        self._newest = newest
-        if self._num_failures > MOST_RESTARTS:
-            self._post.tell(f"giving up after {MOST_RESTARTS} restarts without a new checkpoint: {text}")
+        assert self._limit is not None
+        try:
+            more = self._limit.count(text)
+        except TooManyRestartsError as error:
+            self._post.tell(str(error))
             return FailureDecision.RAISE
         cause = Cause(kind="failure", text=text, since=time.time())
         ray.get(self._mailbox.announce.remote(asdict(cause)), timeout=MAILBOX_TIMEOUT_S)
-        text += ": going on from the newest checkpoint"
-        if self._num_failures > 1:
-            text += f" (restart {self._num_failures} of {MOST_RESTARTS} without a new one)"
-        self._post.tell(text)
+        self._post.tell(f"{text}: going on from the newest checkpoint{more}")
         return FailureDecision.RETRY
-
-    def _newest_checkpoint(self) -> ManifestId | None:
-        assert self._coordinator is not None
-        try:
-            return max(manifest_ids(Store(self._coordinator.uri)), default=None)
-        except StoreError:
-            return self._newest  # what cannot be read is no progress
 
 
 def _what_happened(error: Any, failures: list[Failure]) -> str:

@@ -19,13 +19,14 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.coordination import CoordinatorSpec
 from cluster.failures import Failure, WorkerDied, root_cause
 from cluster.interrupts import Interrupts
 from cluster.ray_fork import forked_runtime_env
 from cluster.ray_machines import prepare
+from cluster.ray_restart_limit import RestartLimit, TooManyRestartsError
 from cluster.ray_restarts import Restarts
 from cluster.ray_scaling import GroupSizing
 from cluster.ray_worker import RayTask, WorkerBackendConfig
@@ -99,6 +100,9 @@ class RayRun:
 
     def _cause(self, failures: list[Failure]) -> BaseException:
         """What to raise: a worker's own exception, else a worker's death, else what Ray Train says."""
+        given_up = self._error.controller_failure if isinstance(self._error, ControllerError) else None
+        if isinstance(given_up, TooManyRestartsError):
+            return given_up
         if failures and not root_cause(failures).is_echo():
             return root_cause(failures).to_exception()
         raised = {failure.rank for failure in failures}
@@ -162,6 +166,7 @@ def start_run(
     """Run `task` on Ray Train workers and return rank 0's result; see `run_on_ray`."""
     scaling = ScalingConfig(num_workers=workers.most, use_gpu=task.use_gpu)
     failure = FailureConfig(max_failures=0)
+    limit = RestartLimit(task.mailbox, coordinator) if coordinator else None
     runtime_env = forked_runtime_env(ray.get_runtime_context().runtime_env, preload)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as folder:
         trainer = _Trainer(
@@ -180,8 +185,9 @@ def start_run(
                 task.mailbox,
                 asks_for_machines=not is_private,
                 prepare=partial(_prepare, runtime_env) if runtime_env else None,
+                limit=limit,
             ),
-            restarts=Restarts(failure, task.mailbox, coordinator),
+            restarts=Restarts(failure, task.mailbox, limit),
             is_private=is_private,
         )
         return RayRun(trainer, task.mailbox, interrupts, on_event).finish()

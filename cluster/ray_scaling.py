@@ -26,6 +26,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 from cluster.ray_machines import Machine, machines, room, silent
 from cluster.ray_mailbox import Post
+from cluster.ray_restart_limit import RestartLimit
 from cluster.worker import Cause
 from cluster.worker_range import WorkerRange
 
@@ -43,7 +44,8 @@ class GroupSizing(ScalingPolicy):
     """Sizes groups of workers. Lives in Ray Train's controller.
 
     asks_for_machines: whether to tell the cluster's autoscaler how much room `most` workers need. prepare: called with
-    the ids of machines that may get workers later, so that these start sooner then.
+    the ids of machines that may get workers later, so that these start sooner then. limit: counts the groups that are
+    replaced because a machine is silent.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class GroupSizing(ScalingPolicy):
         *,
         asks_for_machines: bool,
         prepare: Callable[[str], None] | None = None,
+        limit: RestartLimit | None = None,
         look: Callable[[], list[Machine]] = machines,
         probe: Callable[[list[Machine]], set[str]] = silent,
         clock: Callable[[], float] = time.monotonic,
@@ -63,6 +66,7 @@ class GroupSizing(ScalingPolicy):
         self._workers, self._mailbox, self._asks = workers, mailbox, asks_for_machines
         self._look, self._probe, self._clock, self._sleep = look, probe, clock, sleep
         self._post, self._prepare = Post(mailbox), prepare
+        self._limit = limit or RestartLimit(mailbox, None)
         self._prepared_s: dict[str, float] = {}
         self._own: Counter[str] = Counter()
         self._shunned: list[str] = []
@@ -99,7 +103,10 @@ class GroupSizing(ScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Ask the group to leave where a machine of it is about to go or where there is room for more workers."""
+        """Ask the group to leave where a machine of it is about to go or where there is room for more workers.
+
+        TooManyRestartsError where machines have fallen silent too often.
+        """
         self._ask_for_machines()
         now_s = self._clock()
         if not self._own:
@@ -111,7 +118,10 @@ class GroupSizing(ScalingPolicy):
             return NoopDecision()
         dead = self._dead(found, now_s)
         if dead:
-            self._announce("failure", f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s")
+            text = f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s"
+            more = self._limit.count(text)
+            self._announce("failure", text)
+            self._post.tell(f"{text}: going on from the newest checkpoint{more}")
             possible = room(found, dead, self._need, self._own, self._workers.most)
             return self._resize(max(possible, self._workers.least), found, dead)
         if self._is_leaving:

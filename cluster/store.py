@@ -53,16 +53,14 @@ class Store:
 
     Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative; what is
     written has a plain key (`check_key`), what is read may have any that lies inside. What fails in passing is tried
-    again, for minutes where a remote storage answered before, for seconds where it never did.
+    again, for minutes (`patience_s`) where a remote storage answered before, for seconds where it never did.
     """
 
-    def __init__(self, uri: str | os.PathLike[str]) -> None:
+    def __init__(self, uri: str | os.PathLike[str], *, patience_s: float = patience.PATIENCE_S) -> None:
         self.protocol, self.root = _split(os.fspath(uri))
         self.uri = self.root if self.protocol == "file" else f"{self.protocol}://{self.root.lstrip('/')}"
         self._connection: tuple[int, _Backend] | None = None
-        self._patience = Patience(
-            without_users(self.uri), 0.0 if self.protocol in ("file", "memory") else patience.PATIENCE_S
-        )
+        self._patience = Patience(without_users(self.uri), 0.0 if self.protocol in ("file", "memory") else patience_s)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"

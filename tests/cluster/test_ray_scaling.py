@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -24,7 +25,8 @@ from cluster.failures import Preempted, describe
 from cluster.ray_fork_server import IDLE_S
 from cluster.ray_machines import Machine, room
 from cluster.ray_mailbox import Order, Orders, Post, start_mailbox
-from cluster.ray_restarts import MOST_RESTARTS, Restarts
+from cluster.ray_restart_limit import MOST_AWAY_S, MOST_RESTARTS, RestartLimit, TooManyRestartsError
+from cluster.ray_restarts import Restarts
 from cluster.ray_scaling import PREPARE_AGAIN_S, RELEASE_S, WAIT_S, GroupSizing
 from cluster.ray_session import ray_session
 from cluster.store import Store, StoreError
@@ -54,7 +56,7 @@ def machine(name: str, cpus: float = 1, free: float | None = None, leaves_at: fl
 class World:
     """A cluster and a clock that the test moves."""
 
-    def __init__(self, mailbox, least=1, most=4, asks_for_machines=False, **times) -> None:
+    def __init__(self, mailbox, least=1, most=4, asks_for_machines=False, limit=None, **times) -> None:
         self.machines: list[Machine] = []
         self.silent: set[str] = set()
         self.prepared: list[str] = []
@@ -67,6 +69,7 @@ class World:
             mailbox,
             asks_for_machines=asks_for_machines,
             prepare=self.prepared.append,
+            limit=limit,
             look=lambda: self.machines,
             probe=lambda found: {m.id for m in found} & self.silent,
             clock=lambda: self.now_s,
@@ -329,11 +332,13 @@ def failed(mailbox, *errors, world_size=3):
 
 
 def test_only_what_may_pass_is_tried_again(mailbox, tmp_path):
-    restarts = Restarts(FailureConfig(), mailbox, CoordinatorSpec(uri=str(tmp_path)))
+    restarts = Restarts(FailureConfig(), mailbox, RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path))))
+
+    newer = itertools.count(1)
 
     def decide(*errors):
         ray.get(mailbox.open_group.remote())
-        restarts._num_failures = 0
+        ray.get(mailbox.count_restart.remote([len(errors), next(newer)]))  # each is the first in a row
         return restarts.make_decision(failed(mailbox, *errors))
 
     reset = StoreError("cannot write")
@@ -354,7 +359,7 @@ def test_only_what_may_pass_is_tried_again(mailbox, tmp_path):
 
 def test_a_run_that_restarts_without_a_new_checkpoint_ends(mailbox, tmp_path):
     store = Store(tmp_path)
-    restarts = Restarts(FailureConfig(), mailbox, CoordinatorSpec(uri=str(tmp_path)))
+    restarts = Restarts(FailureConfig(), mailbox, RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path))))
 
     def fails() -> FailureDecision:
         ray.get(mailbox.open_group.remote())
@@ -373,6 +378,59 @@ def test_a_run_that_restarts_without_a_new_checkpoint_ends(mailbox, tmp_path):
     told = [json.loads(event)["text"] for event in ray.get(mailbox.take.remote())]
     assert told[-1].startswith("giving up after 3 restarts without a new checkpoint: workers could not start")
     assert "no room in /dev/shm" in told[-1]
+
+
+def test_a_machine_that_falls_silent_again_and_again_without_a_new_checkpoint_ends_the_run(mailbox, tmp_path):
+    limit = RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path)))
+    world = World(mailbox, least=2, most=2, limit=limit)
+    world.machines = [machine("1"), machine("2")]
+    world.idle()
+
+    def falls_silent() -> int | None:
+        world.start(2)
+        world.silent = set()
+        world.running("1", "2", after_s=1)
+        world.silent = {"2"}
+        world.running("1", "2", after_s=1)
+        return world.running("1", "2", after_s=5)
+
+    assert [falls_silent(), falls_silent()] == [2, 2]
+    store = Store(tmp_path)
+    record_start(store, win_number(store), None)
+    store.put("manifests/000001-000000000010.json", b"{}")
+    assert [falls_silent() for _ in range(MOST_RESTARTS)] == [2] * MOST_RESTARTS
+    # Whatever else ends a group counts with it.
+    restarts = Restarts(FailureConfig(), mailbox, RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path))))
+    failure = ControllerError(WorkerGroupStartupFailedError("no room in /dev/shm"))
+    assert restarts.make_decision(failure) is FailureDecision.RAISE
+    with pytest.raises(TooManyRestartsError, match=r"giving up after 3 .*no answer from machine 10\.0\.0\.2 for 5 s"):
+        falls_silent()
+    assert world.told()[0] == "no answer from machine 10.0.0.2 for 5 s: going on from the newest checkpoint"
+
+
+def test_restarts_while_the_storage_is_away_do_not_count_for_an_hour(mailbox, tmp_path, monkeypatch):
+    now_s = [0.0]
+    limit = RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path)), clock=lambda: now_s[0])
+    answers = [StoreError("nothing answers")]
+
+    def newest(store):
+        del store
+        if answers:
+            raise answers[0]
+        return []
+
+    monkeypatch.setattr("cluster.ray_restart_limit.manifest_ids", newest)
+    for now_s[0] in (0.0, 100.0, 1000.0, MOST_AWAY_S - 1):
+        assert "does not answer: nothing answers" in limit.count("rank 1 died")
+    answers.clear()
+    assert [limit.count("rank 1 died") for _ in range(2)] == ["", " (restart 2 of 3 without a new one)"]
+    answers.append(StoreError("nothing answers"))
+    now_s[0] = 1e6
+    assert "not counted" in limit.count("rank 1 died")
+    now_s[0] += MOST_AWAY_S
+    assert "restart 3 of 3" in limit.count("rank 1 died")
+    with pytest.raises(TooManyRestartsError):
+        limit.count("rank 1 died")
 
 
 def test_the_mailbox_keeps_groups_apart(mailbox):

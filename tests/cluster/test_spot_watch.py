@@ -279,9 +279,9 @@ def test_of_several_raylets_the_one_that_is_meant_is_chosen():
 class Drains:
     """Takes drains, after it has failed a number of times."""
 
-    def __init__(self, num_failures=0, error=ConnectionError("the head is away")):
+    def __init__(self, num_failures=0, error=None):
         self.taken = []
-        self._error = error
+        self._error = error or ConnectionError("the head is away")
         self.num_tries = 0
         self._num_failures = num_failures
 
