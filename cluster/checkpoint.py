@@ -8,6 +8,7 @@ rank cannot hang it.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -194,8 +195,9 @@ class Checkpointer:
         rank `is_saving`.
 
         tables: on every rank its own rows, together each row once; those with a guard may be written again on return,
-        under the guard. tensors, state: rank 0's count; the state is JSON, without NaN and infinities. metrics: for
-        retention's `best`. wish: the number of the wish for a checkpoint that this save fulfils.
+        under the guard. tensors, state: rank 0's count; the state is JSON, without NaN and infinities. metrics: what
+        was measured of this very state, for retention's `best`; what is no finite number is left out, with a warning.
+        wish: the number of the wish for a checkpoint that this save fulfils.
         """
         assert self._attempt is not None, "begin_attempt() comes before start_save()"
         assert self._saving is None, "the save before has ended, and its outcome was asked for"
@@ -203,10 +205,11 @@ class Checkpointer:
         self._num_saves += 1
         id = SaveId(self._attempt, step, self._num_saves)
         since = self._base_for(step, tables)
+        rated = self._finite(step, metrics or {})
         try:
             with phase(Phase.SNAPSHOT):
                 mine = tensors if self._worker.rank == 0 else None
-                snapshot: Snapshot | Exception = self._taker.take(step, tables, mine, state, metrics or {})
+                snapshot: Snapshot | Exception = self._taker.take(step, tables, mine, state, rated)
         except Exception as error:
             # The other ranks wait for what this one says.
             snapshot = error
@@ -269,6 +272,23 @@ class Checkpointer:
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._own_coordinator is not None:
             self._own_coordinator.close()
+
+    def _finite(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics that are finite numbers, and warn of the others: none of them ends a run."""
+        finite: dict[str, float] = {}
+        for name, value in metrics.items():
+            try:
+                number = math.nan if isinstance(value, str) else float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = math.nan
+            if math.isfinite(number):
+                finite[name] = number
+            else:
+                self.warnings.append(
+                    f"metric {name} of step {step}: found {value!r}, expected a finite number; the checkpoint is saved "
+                    "without it"
+                )
+        return finite
 
     def _ask_for_wishes(self) -> None:
         while not self._closing.wait(WISH_INTERVAL_S):

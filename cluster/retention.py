@@ -7,6 +7,7 @@ an increment needs of older saves is named in its own manifest, and so stays wit
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ class Retention:
     """Which of the valid checkpoints are kept; those that any of the three rules names.
 
     last: the newest so many. every_steps: the first at or after each multiple of so many steps. best: the one with the
-    highest value of this metric (of several, the newest).
+    highest value of this metric, the lowest where lower_is_better (of several, the newest).
     """
 
     last: int = 3
     every_steps: int | None = None
     best: str | None = None
+    lower_is_better: bool = False
 
     def __post_init__(self) -> None:
         if self.last < 1 or (self.every_steps is not None and self.every_steps < 1):
@@ -46,9 +48,10 @@ class Retention:
                     kept.add(id)
                 before = id.step
         if self.best is not None and metrics:
-            rated = [
-                (values[self.best], id) for id, values in metrics.items() if id in set(chain) and self.best in values
-            ]
+            sign, usable = (-1 if self.lower_is_better else 1), set(chain)
+            found = [(values[self.best], id) for id, values in metrics.items() if id in usable and self.best in values]
+            # NaN is neither more nor less than anything, and JSON of other writers has it.
+            rated = [(sign * value, id) for value, id in found if value == value and abs(value) != math.inf]
             kept.update([max(rated)[1]] if rated else [])
         return [id for id in chain if id in kept], [id for id in chain if id not in kept]
 

@@ -17,6 +17,8 @@ ARCHITECTURES = (
 )
 HEADS = ("linear", "linear-norm")
 SCHEDULES = ("constant", "step", "cosine")
+METRICS = {"knn_top1": "higher", "knn_bank_top1": "higher"}
+"""What evaluations measure, and which values of it are better."""
 STEP_COUNTS = ("exact", "rounded")
 OVERLAPS = ("skip", "wait")
 SPLITS = tuple(SPLIT_NAMES)
@@ -241,7 +243,8 @@ class CheckpointConfig:
     keep_every_steps: int | None = None
     """Keep the first checkpoint at or after each multiple of so many steps as well."""
     keep_best: str | None = None
-    """Keep the checkpoint with the highest value of this metric as well, such as "knn_top1"."""
+    """Keep the checkpoint with the best value of this metric as well, one of `METRICS`. An evaluation that finds a
+    value as good as the best so far is followed by a save."""
 
     def __post_init__(self) -> None:
         check(
@@ -262,6 +265,12 @@ class CheckpointConfig:
                 self.keep_every_steps,
                 self.keep_every_steps is None or self.keep_every_steps >= 1,
                 "at least 1, or none",
+            ),
+            (
+                "keep_best",
+                self.keep_best,
+                self.keep_best is None or self.keep_best in METRICS,
+                f"one of {', '.join(METRICS)}, or none",
             ),
         )
 

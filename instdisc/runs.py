@@ -28,7 +28,7 @@ from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
 from instdisc.config import TrainConfig, as_begun, resume_differences
-from instdisc.config_sections import ConfigError
+from instdisc.config_sections import METRICS, ConfigError
 
 CONFIG = "config.json"
 INDEX = "dataset/index.parquet"
@@ -214,7 +214,12 @@ def _with_norm_group(config: TrainConfig, workers: int) -> TrainConfig:
 def retention_of(config: TrainConfig) -> Retention:
     """Return which checkpoints a run keeps."""
     kept = config.checkpoint
-    return Retention(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
+    return Retention(
+        last=kept.keep_last,
+        every_steps=kept.keep_every_steps,
+        best=kept.keep_best,
+        lower_is_better=METRICS.get(kept.keep_best or "") == "lower",
+    )
 
 
 def read_curves(curves: dict[str, list[Any]]) -> dict[str, list[tuple[int, float]]]:

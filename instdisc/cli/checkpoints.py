@@ -264,6 +264,7 @@ def _retention(run: Run, options: argparse.Namespace | None = None) -> Retention
     """Return the rules that the run has; each that is asked for replaces the run's."""
     from dataclasses import replace
 
+    from instdisc.config_sections import METRICS
     from instdisc.runs import retention_of
 
     config = run.config()
@@ -274,6 +275,8 @@ def _retention(run: Run, options: argparse.Namespace | None = None) -> Retention
         if number is not None and number < 1:
             raise ValueError(f"{name}: found {number}, expected at least 1")
     asked = {"last": options.keep_last, "every_steps": options.keep_every, "best": options.keep_best}
+    if options.keep_best is not None:
+        asked["lower_is_better"] = METRICS.get(options.keep_best) == "lower"
     return replace(retention_of(config), **{name: value for name, value in asked.items() if value is not None})
 
 

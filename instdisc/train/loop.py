@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -103,6 +104,7 @@ class Training:
                 self._baselines()
             elif self._evaluation_due() and not self._is_evaluated():
                 self._evaluate()  # the workers before this group left in the middle of it
+                self.saves.save_if_best(self.state)
         except EvaluationInterrupted:
             self._leave_unless_stopped(self._wishes())
             return self._result(finished=False)
@@ -248,6 +250,9 @@ class Training:
             return None
         evaluation = self.evaluator.evaluate(self.state)
         for name, value in evaluation.scores.items():
+            if not math.isfinite(value):
+                self.monitor.warn(f"{name} of step {self.state.step:,} is {value}, expected a finite number: left out")
+                continue
             # A run that was killed before it said that it was finished evaluates its last step again.
             earlier = [point for point in self.state.curves.get(name, []) if point[0] != self.state.step]
             self.state.curves[name] = [*earlier, (self.state.step, value)]

@@ -17,6 +17,7 @@ from cluster.starts import about_workers
 from cluster.worker import Worker
 from instdisc import __version__
 from instdisc.config import TrainConfig, lasting_digest
+from instdisc.config_sections import METRICS
 from instdisc.runs import Run
 from instdisc.train.cadence import Cadence
 from instdisc.train.state import TrainState
@@ -101,17 +102,22 @@ class Saves:
 
     def save_if_due(self, state: TrainState, by_rank: Sequence[dict[str, Any]]) -> SaveReport | None:
         """Start a save if one is due. Returns the report of the save before where that was waited for. Collective."""
-        wished = by_rank[0]["wishes"] > self._wish_served
-        if not (by_rank[0]["due"] or self.is_due_at(state.step) or wished):
+        must = by_rank[0]["wishes"] > self._wish_served or self._is_best(state)
+        if not (by_rank[0]["due"] or self.is_due_at(state.step) or must):
             return None
         report = None
         if self._is_started:
-            if self._config.overlap == "skip" and not wished:
+            if self._config.overlap == "skip" and not must:
                 return None
             report = self._outcome(must_succeed=False)
         self._wish_served = by_rank[0]["wishes"]
         self._start(state)
         return report
+
+    def save_if_best(self, state: TrainState) -> None:
+        """Start a save if the state is the best so far. Before the first step: no save is on its way. Collective."""
+        if self._is_best(state):
+            self._start(state)
 
     def save_now(self, state: TrainState) -> SaveReport | None:
         """Save and wait until it is committed: the run ends, or pauses. Every failure is raised. Collective."""
@@ -123,6 +129,14 @@ class Saves:
     def close(self) -> None:
         """End; a save that is still being written is not waited for."""
         self._checkpointer.close()
+
+    def _is_best(self, state: TrainState) -> bool:
+        """Whether the state was just measured, and nothing that was trained before it is better by `keep_best`."""
+        name = self._config.keep_best
+        if name is None or state.step == 0 or name not in state.metrics():
+            return False
+        values = [value for step, value in state.curves[name] if step > 0]
+        return values[-1] == (min(values) if METRICS[name] == "lower" else max(values))
 
     def _start(self, state: TrainState) -> None:
         self._checkpointer.start_save(

@@ -67,8 +67,8 @@ class TrainState:
         return {"step": self.step, "normalizer": self.normalizer.state_dict(), "curves": curves}
 
     def metrics(self) -> dict[str, float]:
-        """Return the last value of each curve."""
-        return {name: curve[-1][1] for name, curve in self.curves.items() if curve}
+        """Return what was measured of the encoder as it is now: of each curve the value at this step, if it has one."""
+        return {name: curve[-1][1] for name, curve in self.curves.items() if curve and curve[-1][0] == self.step}
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint of any number of workers: each rank reads the rows that it owns."""

@@ -43,6 +43,16 @@ def test_retention_keeps_the_best_and_of_several_the_newest(chain, data, last):
     assert set(kept) == set(chain[-last:]) | set(best[-1:])
 
 
+@given(chains, st.data())
+def test_where_less_is_better_the_lowest_is_kept_and_what_is_not_finite_is_no_value(chain, data):
+    drawn = st.sampled_from([0.25, 0.5, float("nan"), float("-inf"), float("inf"), None])
+    values = {id: data.draw(drawn, label=str(id)) for id in chain}
+    metrics = {id: {} if value is None else {"loss": value} for id, value in values.items()}
+    kept, _ = Retention(last=1, best="loss", lower_is_better=True).keep(chain, metrics)
+    best = [id for id in chain if values[id] == 0.25] or [id for id in chain if values[id] == 0.5]
+    assert set(kept) == set(chain[-1:]) | set(best[-1:])
+
+
 @pytest.mark.parametrize("rule", [{"last": 0}, {"every_steps": 0}])
 def test_retention_refuses_to_keep_nothing(rule):
     with pytest.raises(ValueError, match=r"retention: found .*, expected at least 1"):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_content import NUM_ROWS, assert_holds, run_saves, save, share, start, whole_tables
 from checkpoint_fakes import FaultyStore, InlineCoordination, ThreadWorker, run_group
 
 from cluster.checkpoint import Checkpointer, CheckpointError, Retention, RowTable, SaveFailedError, read_latest
-from cluster.manifest import ManifestId
+from cluster.manifest import Manifest, ManifestId
 from cluster.row_table import DTYPES
 from cluster.store import Store, StoreError
 
@@ -172,7 +174,6 @@ def test_ranks_that_disagree_on_a_table_are_told_so(uri):
         ({"state": {"loss": float("nan")}}, r"cannot save step 1: rank 0: state\['loss'\]: found nan"),
         ({"tensors": {"w": torch.zeros(2, dtype=torch.complex64)}}, "rank 0: tensor 'w': found torch.complex64"),
         ({"tables": {"a/b": RowTable(2, 0, torch.zeros(2, 1))}}, "rank 0: table 'a/b': expected a name without '/'"),
-        ({"metrics": {"accuracy": float("inf")}}, "cannot save step 1: .*JSON"),
     ],
 )
 def test_a_mistake_of_rank_0_is_an_error_on_every_rank_and_the_next_save_works(uri, content, text):
@@ -189,6 +190,19 @@ def test_a_mistake_of_rank_0_is_an_error_on_every_rank_and_the_next_save_works(u
 
     assert run_group(2, work) == [None, None]
     assert_holds(read_latest(Store(uri)), 2)
+
+
+def test_a_metric_that_is_no_finite_number_is_told_and_left_out_of_a_checkpoint_that_is_saved(uri):
+    store = Store(uri)
+    checkpointer, _ = start(store)
+    odd = {"nan": math.nan, "inf": -math.inf, "none": None, "text": "0.5", "huge": 10**400, "pair": torch.zeros(2)}
+    even = {"float": 0.25, "int": 3, "numpy": np.float32(0.5), "tensor": torch.tensor(2.0), "bool": True}
+    checkpointer.save(1, {}, {}, {}, metrics={**odd, **even})
+    (key,) = store.list("manifests/")
+    metrics = Manifest.from_bytes(store.get(key), key).metrics
+    assert metrics == {"float": 0.25, "int": 3.0, "numpy": 0.5, "tensor": 2.0, "bool": 1.0}
+    assert [warning.split(":")[0] for warning in checkpointer.warnings] == [f"metric {name} of step 1" for name in odd]
+    checkpointer.close()
 
 
 @pytest.mark.parametrize(

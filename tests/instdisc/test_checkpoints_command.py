@@ -216,7 +216,7 @@ def test_rules_that_are_asked_for_go_before_those_of_the_run(made, capsys):
 
 def test_the_rules_of_the_run_hold_where_none_is_asked_for(made, capsys):
     uri, _ = made
-    rules = {"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 4, "checkpoint.keep_best": "not_measured_yet"}
+    rules = {"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 4, "checkpoint.keep_best": "knn_bank_top1"}
     Run(uri).store.put(CONFIG, instdisc.recipe("quickstart", **rules).to_json().encode())
     assert steps(document_of(capsys, "prune", uri, "--dry-run")["plan"]["deleted"]) == [6, 7]
     assert steps(document_of(capsys, "ls", uri)["next_removal"]["deleted"]) == [6, 7]

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from cluster.checkpoint import RowTable, SaveFailedError, SupersededError, read_latest
+from cluster.manifest import Manifest
 from cluster.store import Store, StoreError
 from cluster.worker import Worker
 from instdisc.config import TrainConfig
+from instdisc.config_sections import ConfigError
 from instdisc.runs import Run
 from instdisc.train.saves import Saves
+from instdisc.train.state import TrainState
 
 
 class GatedStore(Store):
@@ -234,12 +237,52 @@ def test_a_run_that_another_process_took_over_ends_and_says_so(gate):
     other.close()
 
 
-def test_the_last_values_of_the_curves_decide_which_checkpoint_is_the_best(gate):
+@dataclass
+class MeasuredState(State):
+    """A state with curves, whose metrics are those of a training run."""
+
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    metrics = TrainState.metrics  # pyright: ignore[reportAssignmentType]
+
+    def measure(self, value: float) -> None:
+        self.curves.setdefault("knn_top1", []).append((self.step, value))
+
+
+def kept_metrics(uri: str) -> dict[int, dict[str, float]]:
+    store = Store(uri + "/checkpoints")
+    found = [Manifest.from_bytes(store.get(key), key) for key in store.list("manifests/")]
+    return {manifest.step: dict(manifest.metrics) for manifest in found}
+
+
+def test_the_best_checkpoint_is_one_of_a_step_at_which_the_best_value_was_measured(gate):
     gate.set()
-    saves, state, _, uri = started(every_steps=1, every_minutes=None, keep_last=1, keep_best="knn_top1")
-    values = {1: 5.0, 2: 9.0, 3: 7.0, 4: 1.0}
-    for state.step, value in values.items():
-        state.metrics = lambda value=value: {"knn_top1": value}  # type: ignore[method-assign]
+    saves, _, _, uri = started(every_steps=1, every_minutes=None, keep_last=1, keep_best="knn_top1")
+    state, values = MeasuredState(), {2: 9.0, 5: 7.0, 8: 8.0}
+    for state.step in range(1, 10):
+        if state.step in values:
+            state.measure(values[state.step])
         saves.save_now(state)  # pyright: ignore[reportArgumentType]
-    assert [int(key[-17:-5]) for key in Store(uri + "/checkpoints").list("manifests/")] == [2, 4]
+    assert kept_metrics(uri) == {2: {"knn_top1": 9.0}, 9: {}}
     saves.close()
+
+
+@pytest.mark.parametrize("overlap", ["skip", "wait"])
+def test_a_state_that_is_measured_as_the_best_so_far_is_saved_at_once(gate, overlap):
+    gate.set()
+    saves, _, _, uri = started(every_steps=2, every_minutes=None, overlap=overlap, keep_best="knn_top1", keep_last=9)
+    state, values = MeasuredState(), {3: 50.0, 5: 40.0, 7: 50.0, 9: 60.0}
+    for state.step in range(1, 10):
+        if state.step in values:
+            state.measure(values[state.step])
+        look(saves, state)
+    state.step = 10
+    saves.save_now(state)  # pyright: ignore[reportArgumentType]
+    kept = kept_metrics(uri)
+    assert {step: metrics["knn_top1"] for step, metrics in kept.items() if metrics} == {3: 50.0, 7: 50.0, 9: 60.0}
+    assert 5 not in kept
+    saves.close()
+
+
+def test_a_metric_that_nobody_measures_is_refused():
+    with pytest.raises(ConfigError, match="found 'knn_top5', expected one of knn_top1, knn_bank_top1"):
+        TrainConfig().with_overrides({"checkpoint.keep_best": "knn_top5"})
