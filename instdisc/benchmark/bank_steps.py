@@ -192,6 +192,7 @@ class SoftmaxAlone:
         softmax_losses(
             features_BD,
             self._positives_BD,
+            torch.from_numpy(self._batches.rows(0)),
             self._bank,
             temperature=self._config.temperature,
             counts_W=[len(features_BD)],

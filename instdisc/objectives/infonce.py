@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from instdisc.objectives.blocks import sample_blocks
+from instdisc.objectives.gradients import first_order, require_fixed
+from instdisc.objectives.own_rows import ScorePlaces
 
 MAX_LOG_RATIO = 20.0
 
@@ -25,10 +28,13 @@ def infonce_loss(
 ) -> Tensor:
     """Return the mean over the samples of -log(exp(s_i/τ) / (exp(s_i/τ) + sum_k exp(s_k/τ))), a float32 scalar.
 
-    excluded_BK: bool, True where a negative is the sample's own row and must not count. With B = 0 the loss is 0. Bank
-    rows get no gradient.
+    excluded_BK: bool, on the CPU, True where a negative is the sample's own row and must not count (training has the
+    few places instead, `own_rows.own_places`). With B = 0 the loss is 0. Bank rows get no gradient; ValueError for
+    those that require one.
     """
-    negative_B = log_sum_exp(features_BD, negatives_KD, temperature=temperature, excluded_BK=excluded_BK)
+    require_fixed(positives=positives_BD)
+    excluded = None if excluded_BK is None else ScorePlaces.of_mask(excluded_BK)
+    negative_B = log_sum_exp(features_BD, negatives_KD, temperature=temperature, excluded=excluded)
     positive_B = (features_BD.float() * positives_BD).sum(dim=1) / temperature
     return contrast(positive_B, negative_B).sum() / max(1, len(positive_B))
 
@@ -58,18 +64,20 @@ def contrast(
         left_B = torch.where(share_B < 1, 1 - share_B, 1)
         log_g_B = torch.where(share_B < 1, log_mean_B + left_B.log() - math.log1p(-prior), -math.inf)
         negative_B = log_g_B.clamp(min=-1 / temperature) + math.log(num_negatives)
-    return torch.logaddexp(positive_B, negative_B) - positive_B
+    # log(exp(p) + exp(n)) - p would lose the digits of a sample that is nearly solved, where p >> n.
+    return F.softplus(negative_B - positive_B)
 
 
 def log_sum_exp(
-    features_BD: Tensor, negatives_KD: Tensor, *, temperature: float, excluded_BK: Tensor | None = None
+    features_BD: Tensor, negatives_KD: Tensor, *, temperature: float, excluded: ScorePlaces | None = None
 ) -> Tensor:
     """Return log sum_k exp(v_k.v/τ) of each sample over the negatives that are not excluded, float32 (B,).
 
-    -inf, without gradient, where all are excluded.
+    -inf, without gradient, where all are excluded. ValueError for negatives that require gradients.
     """
+    require_fixed(negatives=negatives_KD, temperature=temperature)
     with torch.autocast(features_BD.device.type, enabled=False):
-        return _LogSumExp.apply(features_BD.float(), negatives_KD.float(), temperature, excluded_BK)  # pyright: ignore
+        return _LogSumExp.apply(features_BD.float(), negatives_KD.float(), temperature, excluded)  # pyright: ignore
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -79,15 +87,15 @@ class _LogSumExp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features_BD, negatives_KD, temperature, excluded_BK):
+    def forward(ctx, features_BD, negatives_KD, temperature, excluded):
         scaled_BD, mean_BD = features_BD / temperature, torch.empty_like(features_BD)
         log_sums_B = features_BD.new_empty(len(features_BD))
-        if excluded_BK is not None:
-            excluded_BK = excluded_BK.to(features_BD.device, non_blocking=True)
-        for block in sample_blocks(features_BD, len(negatives_KD)):
+        blocks = list(sample_blocks(features_BD, len(negatives_KD)))
+        places = excluded and excluded.in_rows(blocks, len(negatives_KD), features_BD.device)
+        for number, block in enumerate(blocks):
             scores_bK = scaled_BD[block] @ negatives_KD.T
-            if excluded_BK is not None:
-                scores_bK.masked_fill_(excluded_BK[block], -math.inf)
+            if places:
+                scores_bK.view(-1).index_fill_(0, places[number], -math.inf)
             most_b1 = scores_bK.amax(dim=1, keepdim=True).clamp_min(torch.finfo(scores_bK.dtype).min)
             sums_b1 = scores_bK.sub_(most_b1).exp_().sum(dim=1, keepdim=True)
             mean_BD[block] = scores_bK @ negatives_KD / sums_b1.clamp_min(torch.finfo(sums_b1.dtype).tiny)
@@ -97,6 +105,7 @@ class _LogSumExp(torch.autograd.Function):
         return log_sums_B
 
     @staticmethod
+    @first_order
     def backward(ctx, *grad_outputs):
         (mean_BD,) = ctx.saved_tensors
         return mean_BD * (grad_outputs[0] / ctx.temperature)[:, None], None, None, None

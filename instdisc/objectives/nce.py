@@ -13,6 +13,7 @@ from torch import Tensor
 
 from instdisc.config_method import MIN_SUM_TEMPERATURE
 from instdisc.objectives.blocks import sample_blocks
+from instdisc.objectives.gradients import first_order, require_fixed
 
 MAX_LOG_ODDS = 80.0
 """exp of it is a float32 number; the loss of a score that is further from the offset grows no more."""
@@ -35,7 +36,8 @@ def nce_loss(
     Negatives are shared by the batch and keep accidental positives, since the noise is uniform over all N.
 
     features_BD and positives_BD (the samples' own bank rows): unit length. log_z: log of the normaliser over all N.
-    proximal_weight: λ. With B = 0 the loss is 0. Bank rows get no gradient.
+    proximal_weight: λ. With B = 0 the loss is 0. Bank rows and Z get no gradient; ValueError for those that require
+    one.
     """
     offset = nce_offset(log_z, len(negatives_KD), num_rows)
     noise_B, _ = noise_terms(features_BD, negatives_KD, temperature=temperature, offset=offset)
@@ -58,6 +60,7 @@ def data_terms(
     features_BD: Tensor, positives_BD: Tensor, *, temperature: float, offset: Tensor | float, proximal_weight: float
 ) -> Tensor:
     """Return -log h(i, v) + λ |v - v_i|^2 of each sample, float32 (B,)."""
+    require_fixed(positives=positives_BD, temperature=temperature, offset=offset)
     features_BD = features_BD.float()
     # log h = log sigmoid(log P - log(m P_n)): never exp of a score.
     loss_B = F.softplus(offset - (features_BD * positives_BD).sum(dim=1) / temperature)
@@ -70,6 +73,7 @@ def noise_terms(
     features_BD: Tensor, negatives_KD: Tensor, *, temperature: float, offset: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return -sum_k log(1 - h(k, v)) and, for Z and without gradient, log sum_k exp(s_k) of samples, float32 (B,)."""
+    require_fixed(negatives=negatives_KD, temperature=temperature, offset=offset)
     with torch.autocast(features_BD.device.type, enabled=False):
         return _NoiseTerms.apply(features_BD.float(), negatives_KD.float(), temperature, offset)  # pyright: ignore
 
@@ -105,6 +109,7 @@ class _NoiseTerms(torch.autograd.Function):
         return loss_B, log_sums_B
 
     @staticmethod
+    @first_order
     def backward(ctx, *grad_outputs):
         (weighted_BD,) = ctx.saved_tensors
         return weighted_BD * (grad_outputs[0] / ctx.temperature)[:, None], None, None, None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cluster.collectives import all_gather_rows, reduce_scatter_rows
 from instdisc.memory_bank import ShardedMemoryBank
+from instdisc.objectives.gradients import first_order, require_fixed
 
 BLOCK_BYTES = 2**23
 """Rows that are copied out at a time; more would leave the caches between the two products."""
@@ -68,6 +69,7 @@ def nce_noise_of_owned(
     counts_W: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Return what `nce.noise_terms` returns, float32 (B,) twice, over each sample's own negatives. Collective."""
+    require_fixed(rows=bank.rows, temperature=temperature, offset=offset)
     return _SumsOfOwners.apply(  # pyright: ignore
         features_BD.float(), pairs, bank, temperature, counts_W, offset, True
     )
@@ -77,6 +79,7 @@ def log_sum_exp_of_owned(
     features_BD: Tensor, pairs: OwnedPairs, bank: ShardedMemoryBank, *, temperature: float, counts_W: Sequence[int]
 ) -> Tensor:
     """Return what `infonce.log_sum_exp` returns, float32 (B,), over rows of each sample's own. Collective."""
+    require_fixed(rows=bank.rows, temperature=temperature)
     _, log_sums_B = _SumsOfOwners.apply(  # pyright: ignore
         features_BD.float(), pairs, bank, temperature, counts_W, 1 / temperature, False
     )
@@ -109,6 +112,7 @@ class _SumsOfOwners(torch.autograd.Function):
         return terms_B.clone(), log_sums_B
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grad_outputs):
         (gradient_BD,) = ctx.saved_tensors
         grad_B = grad_outputs[0] if ctx.of_noise else grad_outputs[1]

@@ -20,6 +20,7 @@ from instdisc.negatives import negative_indices_of_each
 from instdisc.objectives.infonce import contrast, log_sum_exp
 from instdisc.objectives.nce import data_terms, nce_offset, noise_terms
 from instdisc.objectives.normalizer import Normalizer
+from instdisc.objectives.own_rows import own_places
 from instdisc.objectives.owners import OwnedPairs, log_sum_exp_of_owned, nce_noise_of_owned, owned_pairs
 from instdisc.objectives.softmax import softmax_losses
 from instdisc.rows_ahead import FetchedRows
@@ -55,7 +56,7 @@ class Scorer:
         """Return the losses of a group and, for NCE, log sum_k exp(s_k) of its negatives; float32 (b,). Collective."""
         positives_bD = rows.positives_GD[group.own]
         if self._config.name == "softmax":
-            return self._softmax(group, positives_bD), None
+            return self._softmax(group, positives_bD, rows), None
         if self._config.name == "infonce":
             return self._infonce(group, positives_bD, rows, step), None
         return self._nce(group, positives_bD, rows, step)
@@ -67,10 +68,11 @@ class Scorer:
             return log_sum_exp(group.features_bD, rows.negatives_KD, temperature=temperature)
         return self._log_sums_of(group, self._own_negatives(group, rows, step, exclude_own_row=False))
 
-    def _softmax(self, group: Group, positives_bD: Tensor) -> Tensor:
+    def _softmax(self, group: Group, positives_bD: Tensor, rows: FetchedRows) -> Tensor:
         return softmax_losses(
             group.features_bD,
             positives_bD,
+            rows.indices_G[torch.from_numpy(group.places)],
             self._bank,
             temperature=self._config.temperature,
             counts_W=group.counts_W,
@@ -108,10 +110,8 @@ class Scorer:
             pairs = self._own_negatives(group, rows, step, exclude_own_row=True)
             negative_b = self._log_sums_of(group, pairs)
         else:
-            excluded_bK = rows.indices_G[group.own][:, None] == rows.indices_K[None, :]
-            negative_b = log_sum_exp(
-                features_bD, rows.negatives_KD, temperature=config.temperature, excluded_BK=excluded_bK
-            )
+            excluded = own_places(rows.indices_G[group.own], rows.indices_K)
+            negative_b = log_sum_exp(features_bD, rows.negatives_KD, temperature=config.temperature, excluded=excluded)
         if config.hard_negatives:
             features_GD = all_gather_rows(features_bD.detach(), group.counts_W, self._bank.group)
             nearest = nearest_owned(

@@ -21,6 +21,7 @@ from instdisc.bank_storage import start_rows
 from instdisc.hard_negatives import nearest_owned
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.objectives.infonce import contrast, log_sum_exp
+from instdisc.objectives.own_rows import ScorePlaces
 from instdisc.objectives.owners import log_sum_exp_of_owned
 
 NUM_ROWS, DIM, GLOBAL_BATCH, TEMPERATURE = 103, 16, 9, 0.1
@@ -225,7 +226,7 @@ def test_with_all_negatives_excluded_nothing_is_learnt_from_them(denominator, pr
     negatives_KD = start_rows(4, DIM, 1, 0, 4)
     excluded_BK = torch.ones(3, 4, dtype=torch.bool)
     excluded_BK[2, 1] = False
-    negative_B = log_sum_exp(features_BD, negatives_KD, temperature=0.03, excluded_BK=excluded_BK)
+    negative_B = log_sum_exp(features_BD, negatives_KD, temperature=0.03, excluded=ScorePlaces.of_mask(excluded_BK))
     assert negative_B.isneginf().tolist() == [True, True, False]
     positive_B = torch.tensor([5.0, -33.0, 0.0])
     loss_B = contrast(positive_B, negative_B, denominator=denominator, num_negatives=4, prior=prior, temperature=0.03)

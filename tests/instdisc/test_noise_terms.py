@@ -14,6 +14,7 @@ from instdisc.bank_storage import start_rows
 from instdisc.objectives import blocks
 from instdisc.objectives.infonce import log_sum_exp
 from instdisc.objectives.nce import noise_terms
+from instdisc.objectives.own_rows import ScorePlaces
 
 B, K, D = 11, 30, 8
 
@@ -65,7 +66,7 @@ def test_the_sum_of_infonce_equals_float64_in_blocks_of_any_size(monkeypatch, ca
         leaf_BD,
         torch.from_numpy(negatives_KD).float(),
         temperature=temperature,
-        excluded_BK=torch.from_numpy(excluded_BK),
+        excluded=ScorePlaces.of_mask(torch.from_numpy(excluded_BK)),
     )
     found_B.sum().backward()
     every_BK = np.tile(np.arange(K), (B, 1))
