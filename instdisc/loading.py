@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from cluster.checkpoint import Checkpoint, read_latest
 from dataloading.augment import eval_windows
+from dataloading.color import normalize
 from dataloading.headers import decode
+from dataloading.resize import resize_into
 from instdisc.config import TrainConfig
 from instdisc.evaluate.knn import nearest
 from instdisc.models import build_encoder
@@ -32,16 +33,21 @@ class RunEncoder(nn.Module):
         return self.encoder(images_BCHW)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Return the central crop of a picture, normalised as the encoder expects it, float32 (3, crop, crop)."""
-        side, resize = self.config.eval.crop, self.config.eval.resize
-        (anchor,), (size,) = eval_windows([image.height], [image.width], resize=resize, crop=side)
-        (top, left), (height, width) = anchor.tolist(), size.tolist()
-        crop = Image.fromarray(decode(image)).resize(
-            (side, side), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+        """Return the central crop of a picture, normalised as the encoder expects it, float32 (3, crop, crop).
+
+        The numbers are those that evaluations of encoded images get.
+        """
+        config = self.config
+        # Palettes by way of RGBA, as in `dataloading.pillow`.
+        pixels_HWC = torch.from_numpy(decode(image.convert("RGBA") if image.mode == "P" else image).copy())
+        (anchor,), (size,) = eval_windows(
+            [len(pixels_HWC)], [pixels_HWC.shape[1]], resize=config.eval.resize, crop=config.eval.crop
         )
-        mean, std = np.array(self.config.augment.mean), np.array(self.config.augment.std)
-        pixels_HWC = (np.asarray(crop) / 255 - mean) / std
-        return torch.from_numpy(pixels_HWC.transpose(2, 0, 1).astype(np.float32))
+        (top, left), (height, width) = anchor.tolist(), size.tolist()
+        crop_CSS = torch.empty((3, config.eval.crop, config.eval.crop), dtype=torch.uint8)
+        resize_into(pixels_HWC[top : top + height, left : left + width], crop_CSS)
+        images_BCSS = torch.empty((1, *crop_CSS.shape))
+        return normalize(crop_CSS[None], config.augment.mean, config.augment.std, images_BCSS)[0]
 
 
 @dataclass(frozen=True)
