@@ -117,7 +117,10 @@ class _SmallNode(Node):
 def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
     """Start and stop a Ray with as few processes as `ray.init` cannot: no autoscaler, no log monitor if quiet."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Ray's unix sockets lie below it (limit: 107 bytes)
+    # Short: Ray's unix sockets lie below it (limit: 107 bytes). Ray opens its own folder to everybody, sockets and logs
+    # included, so it gets one inside a folder that is this user's alone.
+    parent = Path(tempfile.mkdtemp(prefix="ray-"))
+    folder = parent / "r"
     node = None
     try:
         with environment({**_PRIVATE_ENVIRONMENT, **token}, overwrite=False), _no_network():
@@ -142,7 +145,7 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
         if node is not None:
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         _reread_token()
-        _remove(folder)
+        _remove(parent)
 
 
 @contextlib.contextmanager

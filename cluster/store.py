@@ -16,10 +16,11 @@ from uuid import uuid4
 import fsspec
 
 from cluster import patience
+from cluster.credentials import without_credentials
 from cluster.local_files import TEMPORARY, LocalFiles
 from cluster.patience import Patience
 from cluster.remote_objects import RemoteObjects
-from cluster.store_errors import ObjectMissingError, StoreError, explain, without_users
+from cluster.store_errors import ObjectMissingError, StoreError, explain
 
 __all__ = ["Buffer", "ObjectMissingError", "Store", "StoreError", "check_key"]
 
@@ -59,14 +60,21 @@ class Store:
     def __init__(self, uri: str | os.PathLike[str], *, patience_s: float = patience.PATIENCE_S) -> None:
         self.protocol, self.root = _split(os.fspath(uri))
         self.uri = self.root if self.protocol == "file" else f"{self.protocol}://{self.root.lstrip('/')}"
+        self.shown = without_credentials(self.uri)
+        """The URI for messages and logs."""
         self._connection: tuple[int, _Backend] | None = None
-        self._patience = Patience(without_users(self.uri), 0.0 if self.protocol in ("file", "memory") else patience_s)
+        self._patience = Patience(self.shown, 0.0 if self.protocol in ("file", "memory") else patience_s)
 
     def __repr__(self) -> str:
-        return f"Store({self.uri!r})"
+        return f"Store({self.shown!r})"
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
         return Store, (self.uri,)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether `create` may be used here, without which no run can be kept."""
+        return self.protocol in _CREATING
 
     def put(self, key: str, *parts: Buffer) -> None:
         """Write an object, the concatenation of `parts`, replacing what is there. It is durable on return.
@@ -82,9 +90,9 @@ class Store:
 
         A False can also mean that this writer's own earlier try succeeded and its answer was lost: see `claim`.
         """
-        if self.protocol not in _CREATING:
+        if not self.is_exclusive:
             raise StoreError(
-                f"cannot create {key!r} in {self.uri}: of {self.protocol}:// it is not known that one of several "
+                f"cannot create {key!r} in {self.shown}: of {self.protocol}:// it is not known that one of several "
                 "writers wins; use a folder or s3:// for a run"
             )
         with self._explained("create", key):
@@ -169,8 +177,8 @@ class Store:
                 self.delete(key)
         if won != (True, False) or found != first:
             raise StoreError(
-                f"cannot run on {self.uri}: of two writers of the new object {key!r} exactly the first must win, found "
-                f"that the first {'won' if won[0] else 'lost'}, the second {'won' if won[1] else 'lost'} and "
+                f"cannot run on {self.shown}: of two writers of the new object {key!r} exactly the first must win, "
+                f"found that the first {'won' if won[0] else 'lost'}, the second {'won' if won[1] else 'lost'} and "
                 f"{'the first' if found == first else 'the second' if found == second else 'neither'} one's bytes are "
                 "there. This storage ignores conditional writes (If-None-Match); use a folder, Amazon S3, Ceph RGW, "
                 "SeaweedFS or another that has them"
@@ -197,7 +205,17 @@ class Store:
             from cluster.s3_objects import S3Objects
 
             return S3Objects(self._patience)
-        return RemoteObjects(self.protocol, self._patience)
+        try:
+            return RemoteObjects(self.protocol, self._patience)
+        except ImportError as error:
+            raise StoreError(
+                f"cannot reach {self.shown}: {self.protocol}:// needs a package that is not installed ({error}). "
+                "Install it, or use a folder or s3://"
+            ) from error
+        except (TypeError, ValueError) as error:  # a file system that needs more than its protocol, such as ftp://
+            raise StoreError(
+                f"cannot reach {self.shown}: {self.protocol}:// is not supported ({error}); use a folder or s3://"
+            ) from error
 
     @contextmanager
     def _explained(self, action: str, key: str) -> Iterator[None]:
@@ -206,7 +224,7 @@ class Store:
         except StoreError:
             raise
         except self._backend().errors as error:
-            what = f"cannot {action} {key or 'the keys'!r} in {self.uri}"
+            what = f"cannot {action} {key or 'the keys'!r} in {self.shown}"
             raise explain(error, what, self._backend().endpoint) from error
 
 
@@ -236,17 +254,18 @@ def _check_inside(key: str) -> None:
 def _split(uri: str) -> tuple[str, str]:
     """Return (protocol, root). Local roots are absolute, so that a store means the same place in any process."""
     protocol, separator, rest = uri.partition("://")
+    shown = without_credentials(uri)
     if not separator:
         protocol, rest = "file", uri
     if protocol not in fsspec.available_protocols():
-        raise ValueError(f"URI {uri!r}: found {protocol}://, expected a folder, file://, s3:// or what fsspec knows")
+        raise ValueError(f"URI {shown!r}: found {protocol}://, expected a folder, file://, s3:// or what fsspec knows")
     if protocol in _WEB:
         raise ValueError(
-            f"URI {uri!r}: found a web server, which cannot be listed; expected a folder, file://, s3:// or another "
+            f"URI {shown!r}: found a web server, which cannot be listed; expected a folder, file://, s3:// or another "
             "object store of fsspec (gs://, az://). Copy the files to one of these, or name the bucket by its s3:// URI"
         )
     if not (rest if protocol == "file" else rest.strip("/")):
-        raise ValueError(f"URI {uri!r}: found no {'bucket' if protocol == 's3' else 'folder'} in it")
+        raise ValueError(f"URI {shown!r}: found no {'bucket' if protocol == 's3' else 'folder'} in it")
     if protocol == "file":
         return protocol, os.path.abspath(os.path.expanduser(rest))
     return protocol, "/" + rest.strip("/") if protocol == "memory" else rest.rstrip("/")

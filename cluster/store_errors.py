@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import re
 
 from cluster import s3_errors
+from cluster.credentials import without_credentials
 
 _ADVICE = {
     errno.EACCES: "no permission; check the owner and the rights of this place, or choose another URI",
@@ -18,7 +18,6 @@ _ADVICE = {
     errno.EOPNOTSUPP: "checkpoints on a folder need hard links; choose a local disk, NFS or s3://",
 }
 _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
-_USER_IN_URL = re.compile(r"(?<=://)[^/@\s\"']+@")
 
 
 class StoreError(OSError):
@@ -31,22 +30,22 @@ class ObjectMissingError(StoreError, FileNotFoundError):
 
 def explain(error: Exception, what: str, endpoint: str | None = None) -> StoreError:
     """Return the error to raise for a backend's. `what` is what cannot be done, `endpoint` the address of an S3."""
+    kind, text = _explained(error, what, endpoint)
+    return kind(without_credentials(text))
+
+
+def _explained(error: Exception, what: str, endpoint: str | None) -> tuple[type[StoreError], str]:
     if endpoint is not None and (advice := s3_errors.advise(error, endpoint)) is not None:
-        return StoreError(without_users(f"{what}: {advice} ({_text(error)})"))
+        return StoreError, f"{what}: {advice} ({_text(error)})"
     if isinstance(error, FileNotFoundError):
         if what.startswith(("cannot write", "cannot create")):
-            return StoreError(f"{what}: the bucket or folder is not there; create it, or choose another URI ({error})")
-        return ObjectMissingError(f"{what}: it is not there")
+            return StoreError, f"{what}: the bucket or folder is not there; create it, or choose another URI ({error})"
+        return ObjectMissingError, f"{what}: it is not there"
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, PermissionError) and number not in _ADVICE:
         number = errno.EACCES
     advice = f": {_ADVICE[number]}" if number in _ADVICE and endpoint is None else ""
-    return StoreError(without_users(f"{what}{advice} ({_text(error)})"))
-
-
-def without_users(text: str) -> str:
-    """Return the text without the names and passwords in its URLs."""
-    return _USER_IN_URL.sub("", text)
+    return StoreError, f"{what}{advice} ({_text(error)})"
 
 
 def _text(error: Exception) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,5 +65,5 @@ def is_remote(root: str | None) -> bool:
 
 
 def local_path(root: str) -> str:
-    """Return a local data root without its file://."""
-    return root.removeprefix("file://")
+    """Return a local data root without its file://, with ~ as the home folder."""
+    return os.path.expanduser(root.removeprefix("file://"))

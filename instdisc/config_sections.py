@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.credentials import without_credentials
 from dataloading.choices import BACKENDS, ORDERS, SOURCE_KINDS
 from dataloading.listing import SPLIT_NAMES
 from dataloading.order import OrderConfig
@@ -76,6 +77,13 @@ class DataConfig:
             "data",
             ("kind", self.kind, self.kind in SOURCE_KINDS, f"one of {', '.join(SOURCE_KINDS)}"),
             ("root", self.root, self.root is None or bool(self.root.strip()), "a folder (an empty text is none)"),
+            (
+                "root",
+                None if self.root is None else without_credentials(self.root),
+                self.root is None or without_credentials(self.root) == self.root,
+                "a URI without a user name, password or signature: it is stored with the run. Set them in the "
+                "environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, …)",
+            ),
             ("train_split", self.train_split, self.train_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),

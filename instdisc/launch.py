@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cluster.worker_range import WorkerRange, parse_workers
+from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, flatten
 from instdisc.config_sections import ConfigError
 from instdisc.runs import Run, RunResult, read_curves
@@ -83,7 +84,8 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
     before, now = flatten(stored), flatten(config)
     changed = [name for name in now if name.startswith("eval.") and before[name] != now[name]]
     if changed and on_event:
-        text = f"the run is finished: {', '.join(changed)} not applied; `instdisc knn {place.uri}` evaluates anew"
+        knn = command_line("knn", place.uri)
+        text = f"the run is finished: {', '.join(changed)} not applied; `{knn}` evaluates anew"
         on_event({"kind": "message", "text": text})
 
 

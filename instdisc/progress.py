@@ -20,6 +20,8 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from cluster.credentials import without_credentials
+
 LOG_INTERVAL_S = 10.0
 """Seconds between two progress lines of a log."""
 _REDRAW_INTERVAL_S = 0.1
@@ -65,7 +67,7 @@ class Progress:
             if self._is_due(event):
                 self._show_live()
         elif kind in ("knn", "message"):
-            self._show_lasting(_knn_line(event) if kind == "knn" else str(event["text"]))
+            self._show_lasting(_knn_line(event) if kind == "knn" else without_credentials(str(event["text"])))
 
     def close(self) -> None:
         """End the live line: the last progress stays, shown if it was held back; a phase is over and goes."""

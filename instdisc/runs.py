@@ -27,6 +27,7 @@ from cluster.coordination import CoordinatorSpec
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
+from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, as_begun, resume_differences
 from instdisc.config_sections import METRICS, ConfigError
 
@@ -62,8 +63,18 @@ class Run:
     """Reads and writes what belongs to a run, besides its checkpoints."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = os.path.expanduser(uri)
         self.store = Store(uri)
+        if self.store.shown != self.store.uri:
+            raise RunError(
+                f"run {self.store.shown}: found a user name or password in its URI, which would stand in logs and "
+                "files; expected credentials in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, …) or a role"
+            )
+        if not self.store.is_exclusive:
+            raise RunError(
+                f"run {self.store.shown}: found {self.store.protocol}://, where it is not known that one of several "
+                "writers wins; expected a folder or s3:// for a run (images may lie there)"
+            )
 
     @property
     def folder(self) -> Path | None:
@@ -129,8 +140,13 @@ class Run:
                 path = Path(folder) / "index.parquet"
                 index.save(path)
                 self.store.put(INDEX, path.read_bytes())
-        if self.store.create(DIGEST, digest):
-            return
+        if not self.store.create(DIGEST, digest):
+            self.require_same_dataset(index)
+
+    def require_same_dataset(self, index: DatasetIndex) -> None:
+        """Raise RunError where these are not the images that the run was started on, or it has not seen any yet."""
+        if not self.has_index():
+            raise RunError(f"run {self.uri} has not seen its images yet: start it (instdisc train), then ask again")
         with self._readable(DIGEST):
             stored = json.loads(self.store.get(DIGEST))["digest"]
         if stored != index.digest:
@@ -231,5 +247,6 @@ def existing_run(uri: str) -> Run:
     """Return the run at `uri`. Raises RunError where there is none."""
     run = Run(uri)
     if run.config() is None:
-        raise RunError(f"no run at {uri}: found no {CONFIG}. `instdisc train RECIPE --run {uri}` would start one.")
+        start = command_line("train", "RECIPE", "--run", run.uri)
+        raise RunError(f"no run at {run.uri}: found no {CONFIG}. `{start}` would start one.")
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from cluster.manifest import Manifest, ManifestError, NewerFormatError, read_man
 from cluster.starts import Start, count, starts_of
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
+from instdisc.command_line import command_line
 from instdisc.config import TrainConfig
 from instdisc.recipes import overrides_of
 from instdisc.runs import Run
@@ -146,12 +146,12 @@ def train_command(config: TrainConfig, uri: str, workers: str | None = None) -> 
     overrides = overrides_of(config)
     if overrides is None:
         return None
-    words = ["instdisc", "train", config.recipe, "--run", uri]
+    words = ["train", config.recipe, "--run", uri]
     words += ["--workers", workers] if workers is not None else []
     for name, value in overrides.items():
         # A value that looks like an option, or is empty, would not be taken for one.
         words += [f"--{name}={value}"] if value.startswith("-") or not value else [f"--{name}", value]
-    return shlex.join(words)
+    return command_line(*words)
 
 
 def status_document(status: Status) -> dict[str, Any]:

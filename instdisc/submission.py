@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.attempts import manifest_ids
+from cluster.credentials import is_secret_argument, is_secret_variable, without_credentials
 from cluster.manifest import ManifestId
 from cluster.worker_range import parse_workers
 from instdisc.config_sections import ConfigError
@@ -18,12 +19,10 @@ from instdisc.launch import absolute
 from instdisc.runs import Run
 
 _LONGEST_SLUG = 40
-_CREDENTIAL = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|ACCESS_KEY|API_?KEY|PRIVATE|AUTH", re.IGNORECASE)
 _ADVICE = (
     "Give the cluster's machines a role that may read and write the bucket (on AWS an instance profile, on Kubernetes "
     "a service account with IRSA); then no key has to travel"
 )
-_USER_IN_URI = re.compile(r"://[^/\s@]+@")
 
 
 def job_name(uri: str) -> str:
@@ -42,10 +41,10 @@ def train_command(recipe: str, uri: str, workers: str, overrides: Sequence[str])
     # Not the script `instdisc`: this finds the package in the job's working directory, too.
     arguments = ["python", "-m", "instdisc.cli.main", "train", recipe, "--run", uri, "--workers", workers, *overrides]
     for argument in arguments:
-        if _USER_IN_URI.search(argument):
+        if is_secret_argument(argument):
             raise ConfigError(
-                f"{argument.partition('://')[0]}://…: found a user name or password in a URI, which everybody who "
-                f"sees the cluster's jobs could read. {_ADVICE}"
+                f"{without_credentials(argument)!r}: found a user name or password, or a signature, which everybody "
+                f"who sees the cluster's jobs could read. {_ADVICE}"
             )
     return shlex.join(arguments)
 
@@ -58,7 +57,7 @@ def passed_on(names: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--env: found {name.partition('=')[0]}=…, expected a name; its value is taken from here")
         if name not in os.environ:
             raise ConfigError(f"--env {name}: it is not set here; set it, or leave the option out")
-        if _CREDENTIAL.search(name) or _USER_IN_URI.search(os.environ[name]):
+        if is_secret_variable(name, os.environ[name]):
             raise ConfigError(
                 f"--env {name}: this looks like a credential, and the variables of a job are shown in the dashboard to "
                 f"everybody who may see it. {_ADVICE}"

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     eval_config = replace(encoder.config.eval, **{name: v for name, v in asked.items() if v is not None})
     train = open_images(data, data.train_split, max_rows=data.max_rows)
     test = open_images(data, data.test_split, max_rows=data.max_test_rows)
-    existing_run(options.uri).agree_on_dataset(train.index)
+    existing_run(options.uri).require_same_dataset(train.index)
     if train.index.labels_N is None or test.index.labels_N is None:
         raise RunError(f"{train.index.source} and {test.index.source}: found no labels, which kNN accuracy needs")
     progress = Progress()

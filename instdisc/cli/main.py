@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 
+from cluster.credentials import without_credentials
 from instdisc import __version__
 from instdisc.cli.output import printable
 from instdisc.cli.overrides import split_overrides
@@ -23,6 +25,7 @@ USER_ERROR, INTERRUPTED, FAILED = 2, 130, 1
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
+    _print_in_any_encoding()
     parser = build_parser()
     rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(rest)
@@ -46,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _tell(error, FAILED, options.debug or not _is_ours(error))
 
 
+def _print_in_any_encoding() -> None:
+    """Let no answer be lost where the terminal's encoding lacks one of its characters: that one is shown as '?'."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -64,11 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _tell(error: BaseException, code: int, with_traceback: bool) -> int:
     if with_traceback:
-        traceback.print_exception(error)
+        print(without_credentials("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     name = "error" if code == USER_ERROR else f"failed ({type(error).__name__})"
     notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []) if "Traceback" not in note)
     lines = f"instdisc: {name}: {_message(error)}{notes}".split("\n")
-    print("\n".join(map(printable, lines)), file=sys.stderr)
+    print(without_credentials("\n".join(map(printable, lines))), file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from instdisc.cli.output import printable
+from instdisc.command_line import command_line
 from instdisc.config_sections import SOURCE_KINDS, SPLITS
 
 
@@ -137,7 +138,7 @@ def _as_text(document: dict[str, Any], keep_bad: bool) -> str:
             lines.append(f"  … and {part['num_bad'] - 10:,} more in {part['split']}/damaged.jsonl")
     lines += [
         f"Packed in {document['target']} ({document['seconds']} s). Next:",
-        f"  instdisc verify {document['target']}",
-        f"  instdisc train RECIPE --data.root {document['target']}",
+        f"  {command_line('verify', document['target'])}",
+        f"  {command_line('train', 'RECIPE', '--data.root', document['target'])}",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from instdisc.cli.output import printable
+from instdisc.command_line import command_line, tensorboard_command
 
 if TYPE_CHECKING:
     from cluster.starts import Start
@@ -142,14 +143,14 @@ def _counts_line(status: Status) -> str:
 def _next_lines(status: Status) -> Iterator[str]:
     from instdisc.status import State, last_workers, train_command
 
-    board = f"tensorboard --logdir {status.uri.rstrip('/')}/tensorboard"
+    board = tensorboard_command(status.uri)
     if status.state is State.FINISHED:
-        yield f"instdisc show {status.uri}"
-        yield f"instdisc knn {status.uri}"
+        yield command_line("show", status.uri)
+        yield command_line("knn", status.uri)
         yield board
     elif status.state in (State.TRAINING, State.STARTING):
         yield board
-        yield f"instdisc status {status.uri}"
+        yield command_line("status", status.uri)
     else:
         command = train_command(status.config, status.uri, last_workers(status.starts))
         if command is None:

@@ -163,6 +163,9 @@ def _package(working_dir: Path | None, folder: Path, lines: Lines) -> Path | Non
 
     packed = pack_working_dir(working_dir, folder)
     lines.message(f"sends {packed.num_files:,} files of {working_dir}, {in_bytes(packed.num_bytes)}")
+    if packed.secrets:
+        named = ", ".join(packed.secrets[:5]) + (", …" if len(packed.secrets) > 5 else "")
+        lines.message(f"left out {len(packed.secrets):,} files that may hold credentials: {named}")
     return packed.package
 
 

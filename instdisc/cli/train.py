@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
+from instdisc.command_line import command_line, tensorboard_command
 from instdisc.launch import LAUNCHERS, fit
 from instdisc.overrides import field_names
 from instdisc.recipes import RECIPES, recipe
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         saved = "a checkpoint is saved" if result.step else "there is nothing to save yet"
         print(f"Stopped at step {result.step:,} of {result.num_steps:,}; {saved}. Go on with:")
-        print(f"  {shlex.join(['instdisc', *sys.argv[1:]])}")
+        print(f"  {command_line(*sys.argv[1:])}")
     return 0 if result.finished else 130
 
 
@@ -81,9 +81,9 @@ def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
         lines.append(f"  picture                 {folder / NEIGHBOURS}")
     lines += [
         "Next:",
-        f"  instdisc show {uri}",
-        f"  tensorboard --logdir {uri}/tensorboard",
-        f"  instdisc embed {uri} --out features.npy",
+        f"  {command_line('show', uri)}",
+        f"  {tensorboard_command(uri)}",
+        f"  {command_line('embed', uri, '--out', 'features.npy')}",
         "  instdisc train cifar10-cpu      # real images (fetches CIFAR-10), minutes on a laptop",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from instdisc.cli.output import printable
+from instdisc.command_line import command_line
 from instdisc.config_sections import SPLITS
 
 _NUM_SHOWN = 20
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if not opened:
         raise DatasetError(
             f"no packed images in {target}: found neither {' nor '.join(f'{split}/{MANIFEST}' for split in SPLITS)}; "
-            f"correct the path or URI, or pack images there (instdisc pack SRC {target})"
+            f"correct the path or URI, or pack images there ({command_line('pack', 'SRC', target)})"
         )
     for split, (manifest, source) in opened.items():
         progress = Progress()

@@ -49,7 +49,8 @@ def fail_on_rank_1(worker):
 
 
 DRIVER = """
-import json, os, psutil, signal, threading
+import json, os, psutil, ray, signal, stat, threading
+from pathlib import Path
 from cluster.open_ports import open_ports
 from cluster.ray_session import ray_session
 from cluster.ray_trainer import run_on_ray
@@ -72,13 +73,15 @@ if __name__ == "__main__":
             run_on_ray(fail_on_rank_1, 2)
         except RecipeError as caught:
             error = [caught.name, *caught.__notes__]
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        mode = min(stat.S_IMODE(folder.stat().st_mode) for folder in session.parents if folder.name.startswith("ray-"))
         threads = [thread.name for thread in threading.enumerate()]  # one that uses a Ray shut down ends the process
     started.extend(family(os.getpid()))
     _, left = psutil.wait_procs(started, timeout=5)
     left = [process.name() for process in left]
     restored = handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     report = {"result": result, "events": events, "error": error, "restored": restored, "threads": threads}
-    print(json.dumps({**report, "ports": ports, "num_started": len(started), "left": left}))
+    print(json.dumps({**report, "ports": ports, "mode": mode, "num_started": len(started), "left": left}))
 """
 
 
@@ -106,6 +109,7 @@ def test_a_run_on_a_private_ray(tmp_path):
     assert report["num_started"] >= 6  # gcs_server, raylet, mailbox, controller, two workers
     assert {host for _, host in report["ports"]} == {"127.0.0.1"}  # Ray's, torch's and our own: on loopback only
     assert len(report["ports"]) >= 10
+    assert report["mode"] == 0o700  # no other user reaches Ray's sockets and logs, which it opens to everybody
     assert report["left"] == []
     assert report["restored"]
     assert "ray-train" not in report["threads"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +329,71 @@ def test_unknown_options_of_other_commands_are_refused(capsys):
         main(["doctor", "--objective.temperature", "1"])
     assert exit.value.code == 2
     assert "unknown arguments" in capsys.readouterr().err
+
+
+def everything_in(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [folder, *folder.rglob("*")]}
+
+
+def test_a_command_that_only_reads_a_run_writes_nothing_into_it(finished, tmp_path, capsys):
+    before = everything_in(Path(finished))
+    for command in ("status", "show", "knn", "embed", "checkpoints"):
+        words = {"embed": [finished, "--out", str(tmp_path / "f.npy")], "checkpoints": ["ls", finished]}
+        assert main([command, *words.get(command, [finished])]) == 0
+    assert everything_in(Path(finished)) == before
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_answer_is_printed_in_any_encoding(encoding, finished, monkeypatch):
+    for words in (["knn", finished], ["show", finished], ["knn", "--help"]):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        with contextlib.suppress(SystemExit):  # of --help
+            assert main(words) == 0
+        stream.flush()
+        assert len(stream.buffer.getvalue()) > 50
+
+
+def test_printed_commands_can_be_pasted_whatever_the_names(root, tmp_path, capsys):
+    uri = str(tmp_path / "my run #2")
+    assert train(root, uri) == 0
+    assert main(["status", uri]) == 0
+    printed = capsys.readouterr().out
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith(("  instdisc", "  tensorboard"))]
+    assert ["instdisc", "show", uri] in commands
+    assert ["instdisc", "knn", uri] in commands
+    assert ["tensorboard", "--logdir", f"{uri}/tensorboard"] in commands
+    assert main(["show", str(tmp_path / "no run")]) == 2
+    assert f"`instdisc train RECIPE --run '{tmp_path}/no run'`" in capsys.readouterr().err
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_command(root, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(root.parent))
+    place = f"~/{root.name}"
+    (root.parent / "out").mkdir()
+    assert main(["index", place]) == 0
+    assert main(["embed", finished, place, "--split", "test", "--out", "~/out/features.npy"]) == 0
+    assert (root.parent / "out/features.npy").exists()
+    assert main(["pack", place, "~/packed", "--workers", "0"]) == 0
+    assert main(["verify", "~/packed"]) == 0
+    assert main(["status", f"~/{Path(finished).parent.name}/{Path(finished).name}"]) == 2
+    assert str(root.parent) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["index", "gs://bucket/x"], "gs:// needs a package"),
+        (["status", "gs://bucket/run"], "expected a folder or s3:// for a run"),
+        (["train", "quickstart", "--run", "az://bucket/run", "--workers", "0"], "expected a folder or s3:// for a run"),
+        (["index", "nothing://bucket/x"], "found nothing://"),
+        (["train", "quickstart", "--run", "s3://me:geheim@bucket/run"], "found a user name or password"),
+        (["index", "s3://me:geheim@bucket/x"], "without a user name"),
+    ],
+)
+def test_a_uri_that_cannot_be_used_is_one_line(words, told, capsys):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+    assert "geheim" not in line

@@ -93,6 +93,38 @@ def test_a_working_directory_travels_without_secrets_data_and_environments(tmp_p
     assert packed.num_files == len(kept) + 2
 
 
+def test_what_a_working_directory_leaves_out_as_secret_is_named(tmp_path):
+    folder, out = tmp_path / "project", tmp_path / "out"
+    for path in (folder / "src", out):
+        path.mkdir(parents=True)
+    (folder / "src/train.py").write_text("import torch\n")
+    (folder / "src/secrets.py").write_text("def load(): ...\n")
+    (folder / "src/old [1].py").write_text("KEY = '-----BEGIN RSA PRIVATE KEY-----'\n")
+    (folder / "gcp-key.json").write_text("{}")
+    packed = pack_working_dir(folder, out)
+    assert packed.secrets == ("gcp-key.json", "src/old [1].py")
+    names = zipfile.ZipFile(packed.package).namelist()
+    assert {name for name in names if not name.endswith("/")} == {"src/train.py", "src/secrets.py"}
+
+
+@pytest.mark.parametrize("target", ["../away/private.txt", "../away", "..", ".", "link", "nothing"])
+def test_a_link_that_leads_out_of_a_working_directory_or_to_no_end_is_refused(target, tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away/private.txt").write_text("mine")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/link").symlink_to(target)
+    with pytest.raises(JobRefusedError, match=r"found link, a link to .*\.rayignore"):
+        pack_working_dir(tmp_path / "project", tmp_path)
+
+
+def test_a_link_inside_a_working_directory_travels_as_what_it_leads_to(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/a.py").write_text("1")
+    (tmp_path / "project/b.py").symlink_to("a.py")
+    packed = pack_working_dir(tmp_path / "project", tmp_path)
+    assert zipfile.ZipFile(packed.package).read("b.py") == b"1"
+
+
 def test_a_working_directory_that_is_too_large_is_refused_with_what_is_large(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/a.bin").write_bytes(bytes(1_500_000))
