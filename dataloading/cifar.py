@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
-from dataloading.listing import contents, existing_root
+from dataloading.listing import check_link, contents, existing_root
+from dataloading.read_errors import advised
 
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
@@ -83,6 +84,8 @@ def open_cifar(
     folder = _folder(path, kind, split)
     if folder is None:
         raise _missing(kind, path, split)
+    for name in kind.files[split]:
+        check_link(folder / name, path.resolve())
     records = list(_records(kind, folder, split, max_rows))
     labels_N = np.concatenate([record[:, kind.label_bytes - 1] for _, record in records]).astype(np.int64)
     num_classes = len(kind.class_names)
@@ -124,7 +127,10 @@ def _records(
             return
         num_records = size // record_bytes if left is None else min(left, size // record_bytes)
         left = None if left is None else left - num_records
-        raw = np.fromfile(folder / name, dtype=np.uint8, count=num_records * record_bytes)
+        with advised(folder / name):
+            raw = np.fromfile(folder / name, dtype=np.uint8, count=num_records * record_bytes)
+        if len(raw) < num_records * record_bytes:
+            raise OSError(f"{folder / name}: found {len(raw):,} bytes of {size:,}: it was cut short meanwhile")
         yield name, raw.reshape(num_records, record_bytes)
 
 

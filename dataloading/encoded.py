@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dataloading import pillow
 from dataloading.damaged import DamagedRows
+from dataloading.io_threads import IoThreads
 from dataloading.plan import Plan, Planner
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class EncodedCrops:
         """read(row): the encoded image; called in threads. read_together: images that a thread takes at once."""
         self._read, self._index, self._planner, self._damaged = read, index, planner, damaged
         self._decoder = decoder
-        self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="read-images")
+        self._readers = IoThreads(num_readers, "read-images")
         self._in_decoder: deque[_Job] = deque()
         self._read_together = read_together
         self._generation = 0
@@ -104,7 +105,7 @@ class EncodedCrops:
     def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
         """Yield each plan as carried out with its crops, uint8 (M, C, S, S), on the device.
 
-        A new call ends the iterators of earlier calls. Raises OSError if no image of a batch can be read.
+        A new call ends the iterators of earlier calls. Raises OSError where an image cannot be read.
         """
         self._generation += 1
         generation = self._generation
@@ -123,9 +124,9 @@ class EncodedCrops:
             yield self._complete(job.plan, self._collect(job))
 
     def close(self) -> None:
-        """End the reading threads and the decoder."""
+        """End the reading threads and the decoder; a read that is under way is not waited for."""
         self._generation += 1
-        self._readers.shutdown(cancel_futures=True)
+        self._readers.close()
         self._collect_all()
         self._in_decoder.clear()
         self._decoder.close()
@@ -137,12 +138,11 @@ class EncodedCrops:
         return [self._readers.submit(lambda part: [self._load(row) for row in part], part) for part in parts]
 
     def _load(self, row: int) -> _Read:
-        """Read an image and check its header; never raises for what is wrong with the image. Called in threads."""
+        """Read an image and check its header. Raises OSError where it cannot be read, nothing for what is wrong with
+        the image. Called in threads."""
         try:
             encoded = self._read(row)
             header = pillow.read_header(encoded)
-        except OSError as error:
-            return _Read(row, reason=f"cannot be read: {error}", error=error)
         except ValueError as error:
             return _Read(row, reason=str(error))
         listed = (int(self._index.heights_N[row]), int(self._index.widths_N[row]))
@@ -152,10 +152,6 @@ class EncodedCrops:
         return _Read(row, encoded, pillow.is_plain(encoded, header.format), self._damaged.is_recorded(row))
 
     def _submit(self, plan: Plan, read: list[_Read]) -> None:
-        unread = [one.error for one in read if one.error]
-        if len(unread) == len(read) > 1:
-            # One missing file is damage; a whole batch of them is storage that is gone, and no reason to go on.
-            raise unread[0]
         of_row = {one.row: one for one in read}
         self._decoder.submit([of_row[row].window(plan, m) for m, row in enumerate(plan.sources_M.tolist())])
         self._in_decoder.append(_Job(plan))
@@ -193,14 +189,13 @@ class EncodedCrops:
 
 @dataclass(frozen=True)
 class _Read:
-    """An image that was read, or the reason why it could not be."""
+    """An image that was read, or the reason why it is none."""
 
     row: int
     encoded: bytes = b""
     is_plain: bool = False
     failed_before: bool = False
     reason: str = ""
-    error: OSError | None = None
 
     def window(self, plan: Plan, window: int) -> Window:
         (top, left), (height, width) = plan.anchors_M2[window].tolist(), plan.sizes_M2[window].tolist()

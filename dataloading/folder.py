@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from dataloading.headers import EXTENSIONS, Progress, all_small
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
+from dataloading.read_errors import advised
 from dataloading.scanned import scan_dataset
 
 _CHUNK = 64
@@ -34,7 +36,9 @@ class FolderReader:
     is_remote = False
 
     def __call__(self, row: int) -> bytes:
-        return (self.base / self.names[row]).read_bytes()
+        path = self.base / self.names[row]
+        with advised(path):
+            return path.read_bytes()
 
     def subset(self, rows_R: NDArray[np.int64]) -> FolderReader:
         """Return the reader of some rows, numbered from 0."""
@@ -56,8 +60,13 @@ def open_folder(
         return Dataset(index, None, read)
     chunks = (list(read.names[row : row + _CHUNK]) for row in range(0, len(read.names), _CHUNK))
     return scan_dataset(
-        listed, read, chunks, lambda name: open(read.base / name, "rb"), where=str(read.base), on_progress=on_progress
+        listed, read, chunks, lambda name: _open(read.base / name), where=str(read.base), on_progress=on_progress
     )
+
+
+def _open(path: Path) -> BinaryIO:
+    with advised(path):
+        return open(path, "rb")
 
 
 def list_folder(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:

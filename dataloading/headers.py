@@ -13,7 +13,8 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -32,6 +33,9 @@ from PIL import (  # noqa: F401
     UnidentifiedImageError,
     WebPImagePlugin,
 )
+
+from dataloading.io_threads import IoThreads
+from dataloading.read_errors import WatchedFile
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -137,8 +141,10 @@ def scan(
     """Read the header of every image, and the pixels of small images of one size.
 
     chunks: the images in order, in groups that one thread reads; few groups are alive at a time.
-    open_item opens one image, in a thread; what it raises is the reason why the image is bad.
+    open_item opens one image, in a thread; a ValueError that it raises is the reason why the image is bad.
     on_progress(done, total) is called at the start and after each group. num_threads: default twice the usable cores.
+
+    Raises OSError where an image cannot be read.
     """
     small = _Small(num_rows)
     heights_N = np.zeros(num_rows, dtype=np.int32)
@@ -149,9 +155,9 @@ def scan(
     if on_progress:
         on_progress(0, num_rows)
     # The filters are global, so threads must not touch them: they are set once, around all of them.
-    with warnings.catch_warnings(), ThreadPoolExecutor(num_threads) as executor:
+    with warnings.catch_warnings(), closing(IoThreads(num_threads, "look-at-images")) as threads:
         warnings.simplefilter("ignore")
-        for looks in _map_in_order(executor, lambda chunk: _look_at(chunk, open_item, small), chunks, num_threads):
+        for looks in _map_in_order(threads, lambda chunk: _look_at(chunk, open_item, small), chunks, num_threads):
             for look in looks:
                 heights_N[row], widths_N[row] = look.height, look.width
                 if look.reason:
@@ -171,10 +177,19 @@ def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small
     looks: list[_Look] = []
     for item in chunk:
         try:
-            with open_item(item) as file, Image.open(file, formats=FORMATS) as image:
-                looks.append(_look(image, small))
-        except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+            file = WatchedFile(open_item(item))
+        except ValueError as error:
             looks.append(_Look(reason=reason(error)))
+            continue
+        with closing(file):
+            try:
+                with Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
+                    look = _look(image, small)
+            except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+                look = _Look(reason=reason(error))
+        if file.failure is not None:
+            raise file.failure
+        looks.append(look)
     return looks
 
 
@@ -216,15 +231,15 @@ def decode(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _map_in_order(
-    executor: ThreadPoolExecutor,
+    threads: IoThreads,
     function: Callable[[Sequence[Item]], list[_Look]],
     chunks: Iterable[Sequence[Item]],
     num_threads: int,
 ) -> Iterator[list[_Look]]:
-    """Yield the results in order, with a bounded number of chunks in memory (`Executor.map` reads all first)."""
+    """Yield the results in order, with a bounded number of chunks in memory."""
     waiting: deque[Future[list[_Look]]] = deque()
     for chunk in chunks:
-        waiting.append(executor.submit(function, chunk))
+        waiting.append(threads.submit(function, chunk))
         if len(waiting) > 2 * num_threads:
             yield waiting.popleft().result()
     while waiting:

@@ -22,7 +22,7 @@ def list_files(
     """
     found: list[tuple[str, int]] = []
     real_root = root.resolve()
-    _check_link(base, real_root)
+    check_link(base, real_root)
     # A link to a folder above itself would be walked forever: the real paths of the open folders are remembered.
     waiting = [(base, "", frozenset({base.resolve()}))]
     while waiting:
@@ -33,7 +33,7 @@ def list_files(
                 if entry.name.startswith(".") or not (is_wanted or entry.is_dir()):
                     continue
                 if entry.is_symlink():
-                    _check_link(Path(entry.path), real_root)
+                    check_link(Path(entry.path), real_root)
                 if entry.is_dir():
                     real = Path(entry.path).resolve()
                     if real not in above:
@@ -59,14 +59,15 @@ def has_ending(path: str, extensions: Collection[str]) -> bool:
 def check_links(folder: Path, root: Path) -> None:
     """Raise DatasetError where a folder, or anything directly in it, is a link that leaves the root."""
     real_root = root.resolve()
-    _check_link(folder, real_root)
+    check_link(folder, real_root)
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_symlink():
-                _check_link(Path(entry.path), real_root)
+                check_link(Path(entry.path), real_root)
 
 
-def _check_link(link: Path, real_root: Path) -> None:
+def check_link(link: Path, real_root: Path) -> None:
+    """Raise DatasetError where a path leads out of the root, whose real path `real_root` is."""
     target = link.resolve()
     if not target.is_relative_to(real_root):
         raise DatasetError(

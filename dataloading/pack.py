@@ -122,7 +122,6 @@ class _Plan:
         return PackTask(
             number=unit,
             plan=self.name,
-            source=index.source,
             names=tuple(index.names[int(row)] for row in rows),
             labels=labels_of(index.labels_N, rows.tolist()),
             read=self.images.read.subset(rows),

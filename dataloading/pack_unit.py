@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from dataloading import headers
-from dataloading.index import DatasetError, Reader, image_checksum
+from dataloading.index import Reader, image_checksum
 from dataloading.shards import PIECE_BYTES, REPORTS, Shard
 from dataloading.storage import Objects
 
@@ -32,7 +32,6 @@ class PackTask:
     number: int
     plan: str
     """Name of the plan that it belongs to; a report of another plan does not count."""
-    source: str
     names: tuple[str, ...]
     labels: tuple[int, ...] | None
     read: Reader
@@ -94,18 +93,16 @@ def report_key(folder: str, number: int) -> str:
 def pack_unit(task: PackTask) -> tuple[int, int, int]:
     """Pack one unit; return its number, its images and the bytes of its shard.
 
-    Raises DatasetError where none of its images can be read: that is a storage that is gone, and no damage.
+    Raises OSError where an image cannot be read: that is a storage that fails, and no damage.
     """
     buffer = io.BytesIO()
     images: list[PackedImage] = []
-    num_unread = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number, (name, sample) in enumerate(zip(task.names, sample_names(task.names), strict=True)):
             try:
                 encoded = task.read(number)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 encoded, looked = b"", PackedImage(reason=f"cannot be read: {error}"[:200])
-                num_unread += 1
             else:
                 looked = look_at(encoded)
             if looked.reason and not task.keep_bad:
@@ -116,8 +113,6 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
                 _add(tar, buffer, f"{sample}.cls", str(task.labels[number]).encode())
             checksum = base64.b64encode(image_checksum(encoded)).decode()
             images.append(PackedImage(looked.height, looked.width, len(encoded), offset, checksum, looked.reason))
-    if num_unread == len(task.names) > 1:
-        raise DatasetError(f"{task.source}: none of {num_unread} images can be read, for instance {images[0].reason}")
     data = buffer.getbuffer()
     num_rows = sum(image.offset >= 0 for image in images)
     pieces = tuple(image_checksum(data[i : i + PIECE_BYTES]).hex() for i in range(0, len(data), PIECE_BYTES))

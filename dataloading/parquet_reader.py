@@ -23,7 +23,8 @@ MAX_KEPT_BYTES = 4 << 30
 
 
 class ParquetReader:
-    """Calling it with a row returns the encoded image: bytes. Raises OSError where it cannot be read."""
+    """Calling it with a row returns the encoded image: bytes. Raises OSError where it cannot be read, ValueError where
+    the row holds none."""
 
     def __init__(
         self, paths: tuple[Path, ...], starts: tuple[int, ...], column: str, max_kept_bytes: int = MAX_KEPT_BYTES
@@ -49,7 +50,7 @@ class ParquetReader:
             images = self._group(file, group)
         image = images[row - self.starts[file] - group_starts[group]].as_py()
         if image is None:
-            raise OSError(f"{self.paths[file]}: row {row - self.starts[file]} holds no bytes")
+            raise ValueError(f"{self.paths[file]}: row {row - self.starts[file]} holds no bytes")
         return image
 
     is_remote = False

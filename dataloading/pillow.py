@@ -36,8 +36,9 @@ def _formats() -> tuple[str, ...]:
 
 def read_header(encoded: bytes) -> Header:
     """Return what the header says. Raises ValueError with a reason for people if it is unreadable or too large."""
+    formats = _formats()  # the first time it imports them: what fails then is no fault of the image
     try:
-        with Image.open(BytesIO(encoded), formats=_formats()) as image:
+        with Image.open(BytesIO(encoded), formats=formats) as image:
             header = Header(image.format or "", image.height, image.width)
     except UnidentifiedImageError as error:
         raise ValueError(f"{len(encoded):,} bytes that are no image in a known format") from error

@@ -8,6 +8,7 @@ cost 3 to 4 % of the CPU time of an image, and `instdisc verify` does it when as
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -22,13 +23,20 @@ from numpy.typing import NDArray
 
 from dataloading.cache import Fetched, ShardCache
 from dataloading.index import image_checksum
+from dataloading.read_errors import advised
 from dataloading.shards import PIECE_BYTES, Shard
 from dataloading.storage import Objects
 
 _MAX_OPEN = 256
+_OF_KEPT_FILES = (errno.ESTALE, errno.EMFILE, errno.ENFILE)
+"""Files that are kept open may be what fails: a file server that was restarted, a low limit of open files."""
 _PIECES_AT_ONCE = 8
 _TRIES = 4
 """Reads of bytes that differ from their checksum: the network may be to blame."""
+
+
+class CutShortError(OSError):
+    """A shard ends before an image that it should hold."""
 
 
 class ShardBytes(Protocol):
@@ -98,17 +106,30 @@ class LocalShards:
 
     def read(self, shard: int, offset: int, length: int, checksum: bytes | None = None) -> bytes:
         """Return bytes of a shard, not compared with their checksum. Raises OSError."""
+        path = self.folder / self.names[shard]
+        with advised(path):
+            try:
+                data = os.pread(self._opened(shard).number, length, offset)
+            except OSError as error:
+                if error.errno not in _OF_KEPT_FILES:
+                    raise
+                with self._lock:
+                    self._open.clear()
+                data = os.pread(self._opened(shard).number, length, offset)
+        if len(data) < length:
+            raise CutShortError(
+                f"{path}: found {len(data):,} bytes at {offset:,}, expected {length:,}: it was cut short; copy it again"
+            )
+        return data
+
+    def _opened(self, shard: int) -> _Open:
         with self._lock:
             file = self._open.get(shard)
             if file is None:
                 file = self._open[shard] = _Open(self.folder / self.names[shard])
                 if len(self._open) > _MAX_OPEN:
                     self._open.popitem(last=False)
-        data = os.pread(file.number, length, offset)
-        if len(data) < length:
-            path = self.folder / self.names[shard]
-            raise OSError(f"{path}: found {len(data):,} bytes at {offset:,}, expected {length:,}; it was cut short")
-        return data
+            return file
 
 
 @dataclass
@@ -164,7 +185,10 @@ class RemoteShards:
             data = self.objects.get(key, offset, offset + length)
             self.traffic.add_image(length)
             if len(data) < length:
-                raise OSError(f"{self.objects.uri}/{key}: found {len(data):,} bytes at {offset:,}, expected {length:,}")
+                raise CutShortError(
+                    f"{self.objects.uri}/{key}: found {len(data):,} bytes at {offset:,}, expected {length:,}: it was "
+                    "cut short; put it there again"
+                )
             if checksum is None or image_checksum(data) == checksum:
                 return data
         raise ValueError(

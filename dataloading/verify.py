@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dataloading.index import Names, image_checksum, list_digest
 from dataloading.pack_unit import look_at
-from dataloading.shard_reader import ShardBytes, in_pieces
+from dataloading.shard_reader import CutShortError, ShardBytes, in_pieces
 from dataloading.shards import PIECE_BYTES, Shard, ShardManifest
 from dataloading.storage import ParallelMap
 
@@ -42,7 +42,10 @@ def verify(
     parallel: ParallelMap,
     on_progress: Callable[[int, int, int], None] | None = None,
 ) -> Iterator[str]:
-    """Yield a line for each thing that is wrong. on_progress(images done, all images, bytes read)."""
+    """Yield a line for each thing that is wrong. on_progress(images done, all images, bytes read).
+
+    Raises OSError where a shard that is there cannot be read: that says nothing about it.
+    """
     index = manifest.index
     if manifest.digest_of == "list" and list_digest(Names.of(index.names), manifest.length_N) != index.digest:
         yield "manifest: names and sizes do not give its digest; pack the images again"
@@ -77,7 +80,7 @@ def _task(manifest: ShardManifest, source: ShardBytes, number: int, rows: NDArra
 
 
 def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
-    """Return what is wrong with a shard, its images and its bytes."""
+    """Return what is wrong with a shard, its images and its bytes. Raises OSError where nothing can be known of it."""
     shard, problems, data = task.shard, [], bytearray()
     try:
         for piece in in_pieces(task.source, task.number, shard.num_bytes):
@@ -85,7 +88,7 @@ def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
             if image_checksum(piece).hex() != shard.pieces[number]:
                 problems.append(f"{shard.name}: piece {number} (bytes from {len(data):,}) differs from its checksum")
             data += piece
-    except OSError as error:
+    except (FileNotFoundError, CutShortError) as error:
         return [f"{shard.name}: {error}"], len(task.names), len(data)
     problems += _tar_problems(task, data)
     for i, name in enumerate(task.names):

@@ -303,21 +303,6 @@ def test_a_dataset_without_a_good_image_is_refused():
         batches_of(encoded_dataset(FILES[:3], {0: b"", 1: b"", 2: b"x"}), 1, global_batch=3)
 
 
-def test_storage_that_is_gone_ends_the_run_and_one_missing_file_does_not():
-    def read(row: int) -> bytes:
-        if row in missing:
-            raise FileNotFoundError(f"{row}.jpg")
-        return FILES[row]
-
-    dataset = Dataset(PATHS["dali"].index, None, read)
-    missing = {3}
-    batches = batches_of(dataset, 4)
-    assert [b.indices_B[~b.valid_B].tolist() for b in batches if not b.valid_B.all()] == [[3]]
-    missing = set(range(43))
-    with pytest.raises(FileNotFoundError):
-        batches_of(dataset, 1)
-
-
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_eval_batches_are_the_central_crop_in_the_given_order(backend):
     shapes = [(300, 400), (400, 300), (333, 333)]
