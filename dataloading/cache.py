@@ -53,7 +53,7 @@ class ShardCache:
     def __init__(self, folder: str | Path, limit_bytes: int | None = None) -> None:
         if limit_bytes is not None and limit_bytes < 0:
             raise ValueError(f"limit of the cache: found {limit_bytes} bytes, expected at least 0")
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = Path(os.path.expanduser(folder)).absolute()
         self.limit_bytes = limit_bytes
         self._refused_until = 0.0
         self._told: set[str] = set()

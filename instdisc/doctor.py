@@ -19,8 +19,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from cluster.credentials import without_credentials
 from cluster.worker import threads_for
-from instdisc.doctor_ray import ray_findings, without_user
+from instdisc.doctor_ray import ray_findings
 from instdisc.findings import Finding
 
 UNTESTED_ON_GPU = (
@@ -188,7 +189,7 @@ def s3(environment: Mapping[str, str]) -> Iterator[Finding]:
         advice = "not needed without s3:// URIs; on AWS the machine's role is used, which is not asked here"
         yield Finding("S3 credentials", "none found", True, advice)
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-    yield Finding("S3 endpoint", without_user(endpoint) if endpoint else "AWS (no AWS_ENDPOINT_URL)")
+    yield Finding("S3 endpoint", without_credentials(endpoint) if endpoint else "AWS (no AWS_ENDPOINT_URL)")
 
 
 def _version(distribution: str) -> str | None:

@@ -5,11 +5,12 @@ Nothing is started or asked: variables, the token's file and /proc are looked at
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from cluster.credentials import without_credentials
 from cluster.open_ports import OpenPort, environment_of, open_ports, ray_processes
 from instdisc.findings import Finding
 
@@ -35,14 +36,14 @@ def ray_address(environment: Mapping[str, str]) -> Finding:
     """Tell which Ray cluster a driver would connect to; it is not contacted."""
     address = environment.get("RAY_ADDRESS")
     return Finding(
-        "Ray address", without_user(address) if address else "RAY_ADDRESS not set: Ray starts on this machine"
+        "Ray address", without_credentials(address) if address else "RAY_ADDRESS not set: Ray starts on this machine"
     )
 
 
 def authentication(environment: Mapping[str, str]) -> Iterator[Finding]:
     """Tell whether a Ray that is started or talked to from here uses token authentication, and where the token is."""
     mode = environment.get("RAY_AUTH_MODE", "").lower()
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    path = Path(os.path.expanduser(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"))
     has_token = bool(environment.get("RAY_AUTH_TOKEN")) or path.is_file()
     name = "Ray authentication"
     if mode == "token":
@@ -113,9 +114,3 @@ def reachable(ports: list[OpenPort], is_token_on: bool) -> Iterator[Finding]:
     listed = "; ".join(f"{role} {', '.join(ports)}" for role, ports in told.items())
     advice = _CLOSED if is_token_on else f"open without a token. They are {_CLOSED}"
     yield Finding("ports beyond loopback", f"{listed} ({inside} more on loopback)", is_token_on, advice)
-
-
-def without_user(url: str) -> str:
-    """Return the address without a user and password that may stand in it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else url

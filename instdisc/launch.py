@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from cluster.environment import have_a_home
 from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, flatten
@@ -50,6 +51,7 @@ def fit(
             "fit was called while a worker process imports this script: put the script's own calls below "
             "`if __name__ == '__main__':`"
         )
+    have_a_home()
     least, most = _least_and_most(workers)
     if least != most and launcher != "ray":
         raise ConfigError(f"workers: found {least}..{most} with launcher {launcher!r}, expected one number, or Ray")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from cluster.credentials import without_credentials
+from cluster.environment import have_a_home
 from instdisc import __version__
 from instdisc.cli.output import printable
 from instdisc.cli.overrides import split_overrides
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and not options.takes_overrides:
         parser.error(f"unknown arguments: {' '.join(overrides)}")
     options.overrides = overrides
+    have_a_home()
     # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def output_file(name: str) -> Path:
     """Return the path of a file to write, looked at before the work. Raises OSError where none can be written."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"--out {path}: found no folder {folder}, expected one; make it first")

@@ -397,3 +397,22 @@ def test_a_uri_that_cannot_be_used_is_one_line(words, told, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
     assert "geheim" not in line
+
+
+def test_a_user_without_a_home_folder_trains_and_looks(root, tmp_path):
+    """In a container that runs as a number that its list of users does not have."""
+    uri = str(tmp_path / "run")
+    arguments = ["train", "cifar10-cpu", "--run", uri, "--workers", "0", "--data.root", str(root), *TINY]
+    script = (
+        "from instdisc.cli.main import main\n"
+        f"assert main({['index', str(root)]!r}) == 0\n"
+        f"assert main({[*arguments, '--optim.epochs', '1']!r}) == 0\n"
+        "import ray.train.constants  # which looks for the home folder\n"
+    )
+    as_a_number = ["unshare", "--user", "--map-user=12345", "--map-group=12345"]
+    without_home = ["env", "-u", "HOME", f"TMPDIR={tmp_path}", sys.executable, "-c", script]
+    done = subprocess.run([*as_a_number, *without_home], capture_output=True, text=True)
+    if "unshare" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "instdisc-home-12345").stat().st_mode & 0o777 == 0o700
