@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.manifest import check_json
+from cluster.page_locked import page_locked
 from cluster.row_guard import FrozenRows, RowGuard
 from cluster.row_table import RowTable
 from cluster.store import check_key
@@ -98,7 +99,9 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _empty_on_host(tensor: Tensor) -> Tensor:
     """Return host memory for a tensor, page-locked where it comes from a GPU."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+    if tensor.device.type == "cuda":
+        return page_locked(tensor.shape, tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _check_name(name: str) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataloading.augment import BRIGHTNESS, CONTRAST, GRAY, HUE, SATURATION, AugmentConfig, ColorFactors, blur_taps
+from dataloading.device_copies import to_device
 
 _NO_OPERATION = 4
 
@@ -144,8 +145,8 @@ def _gray(images_BCHW: Tensor) -> Tensor:
 
 def _per_sample(values_B: NDArray[np.floating], like: Tensor) -> Tensor:
     values = torch.from_numpy(np.ascontiguousarray(values_B, dtype=np.float32))
-    return values.to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+    return to_device(values, like.device).view(-1, 1, 1, 1)
 
 
 def _to(numbers: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(like.device, non_blocking=True)
+    return to_device(torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)), like.device)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dataloading.device_copies import to_device
 from dataloading.plan import Plan
 
 
@@ -39,35 +40,37 @@ def crop_resize(
     if num_samples == 0:
         return torch.empty((0, channels, size, size), device=device)
     lines = pixels_NHWC.view(-1, width * channels)
-    top_B = torch.from_numpy(np.asarray(rows_B, dtype=np.int64) * height)
-    vertical = _taps(anchors_B2[:, 0], sizes_B2[:, 0], size, device)
+    windows_B5 = np.concatenate([np.asarray(rows_B)[:, None], anchors_B2, sizes_B2], axis=1, dtype=np.int64)
+    rows_B1, *windows = to_device(torch.from_numpy(windows_B5), device).split(1, dim=1)
+    top_B1, left_B1, heights_B1, widths_B1 = windows
+    tallest, widest = sizes_B2.max(axis=0).tolist()
+    vertical = _taps(top_B1, heights_B1, size, tallest)
     # The factor 1/255 rides on the vertical weights: bytes become [0, 1] at no cost.
-    vertical = [(top_B.to(device)[:, None] + lines_BS, weights_BS / 255.0) for lines_BS, weights_BS in vertical]
+    vertical = [(rows_B1 * height + lines_BS, weights_BS / 255.0) for lines_BS, weights_BS in vertical]
     tall = _weighted_lines(lines, vertical).view(num_samples, size, width, channels)
     columns = tall.permute(0, 2, 3, 1).reshape(num_samples * width, channels * size)
-    left_B = torch.arange(0, num_samples * width, width, device=device)
-    horizontal = _taps(anchors_B2[:, 1], sizes_B2[:, 1], size, device)
-    horizontal = [(left_B[:, None] + columns_BS, weights_BS) for columns_BS, weights_BS in horizontal]
+    first_B1 = torch.arange(0, num_samples * width, width, device=device)[:, None]
+    horizontal = _taps(left_B1, widths_B1, size, widest)
+    horizontal = [(first_B1 + columns_BS, weights_BS) for columns_BS, weights_BS in horizontal]
     wide = _weighted_lines(columns, horizontal).view(num_samples, size, channels, size)
     return wide.permute(0, 2, 3, 1).contiguous()
 
 
-def _taps(
-    starts_B: NDArray[np.int64], lengths_B: NDArray[np.int64], size: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
+def _taps(starts_B1: Tensor, lengths_B1: Tensor, size: int, longest: int) -> list[tuple[Tensor, Tensor]]:
     """Return the K taps of a triangle filter along one side: source pixels int64 (B, S), weights float64 (B, S).
+
+    starts_B1, lengths_B1: int64, where the pixels are. longest: the greatest length.
 
     As torchvision (and Pillow): the filter has a half-width of max(1, length / size) source pixels, is cut off at the
     window's border and normalised to a sum of 1.
     """
-    lengths_B1 = torch.from_numpy(np.ascontiguousarray(lengths_B, dtype=np.float64)).to(device)[:, None]
-    starts_B1 = torch.from_numpy(np.ascontiguousarray(starts_B, dtype=np.int64)).to(device)[:, None]
-    places_S = torch.arange(size, dtype=torch.float64, device=device) + 0.5
+    lengths_B1 = lengths_B1.double()
+    places_S = torch.arange(size, dtype=torch.float64, device=lengths_B1.device) + 0.5
     pixels_per_output_B1 = lengths_B1 / size
     support_B1 = pixels_per_output_B1.clamp(min=1.0)
     centers_BS = pixels_per_output_B1 * places_S
     first_BS = torch.floor(centers_BS - support_B1 - 0.5) + 1.0
-    num_taps = ceil(2.0 * max(1.0, int(lengths_B.max()) / size))
+    num_taps = ceil(2.0 * max(1.0, longest / size))
     taps, total_BS = [], torch.zeros_like(centers_BS)
     for tap in range(num_taps):
         source_BS = first_BS + tap

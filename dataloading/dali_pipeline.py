@@ -9,12 +9,13 @@ Shapes: M windows, S side of a crop, C = 3 channels.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -26,8 +27,15 @@ from torch import Tensor
 
 from dataloading import pillow
 from dataloading.dali_self_test import may_decode_regions
+from dataloading.device_copies import to_device
 from dataloading.encoded import Decoded, Window
 from dataloading.resize import resize_into
+
+_DEVICE_ERROR = re.compile(
+    # Whole phrases: messages hold paths of installed files.
+    r"CUDA (?:driver |runtime )?(?:API )?(?:error|failure)|CUDA allocation failed|CUDA_ERROR_[A-Z]|cudaError[A-Z]"
+    r"|out of memory|bad_alloc|NVML error"
+)
 
 
 @dataclass
@@ -51,7 +59,8 @@ class DaliDecoder:
     def __init__(self, *, size: int, max_windows: int, device: torch.device, num_threads: int) -> None:
         self._size, self._device = size, device
         regions = device.type == "cpu" or may_decode_regions(device.index or 0)
-        self._pipeline = build_pipeline(size, max_windows, device, num_threads, regions=regions)
+        self._settings = _Settings(size, max_windows, device, num_threads, regions)
+        self._pipeline = _IDLE.take(self._settings)
         self._batches: deque[_Batch] = deque()
 
     def submit(self, windows: Sequence[Window]) -> None:
@@ -83,7 +92,9 @@ class DaliDecoder:
         return Decoded(crops, reasons)
 
     def close(self) -> None:
-        """Give the pipeline's threads and memory back."""
+        """Leave the pipeline to the next decoder with the same settings."""
+        if all(batch.is_done for batch in self._batches):
+            _IDLE.give_back(self._settings, self._pipeline)
         del self._pipeline
 
     def _run(self, windows: Sequence[Window]) -> None:
@@ -100,10 +111,15 @@ class DaliDecoder:
 
     def _outputs(self) -> Tensor | None:
         """Return the pipeline's next batch, None if it failed."""
+        on_gpu = self._device.type == "cuda"
+        # Bound to torch's stream, DALI uses their memory again only after what torch was given to do with it.
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
         try:
-            (crops,) = self._pipeline.outputs()
-        except RuntimeError:
+            (crops,) = self._pipeline.outputs(cuda_stream=stream)
+        except RuntimeError as error:
             # DALI names no sample reliably, and says that the pipeline is done for, which it is not.
+            if is_of_the_device(str(error)):
+                raise
             return None
         return torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
 
@@ -123,7 +139,7 @@ class DaliDecoder:
             self._run([windows[m] for m in part])
             found = self._outputs()
             if found is not None:
-                crops[torch.tensor(part, device=crops.device)] = found
+                crops.index_copy_(0, to_device(torch.tensor(part), crops.device), found)
             elif len(part) == 1:
                 failed += part
             else:
@@ -140,6 +156,47 @@ class DaliDecoder:
         resize_into(pixels_HWC, resized_CSS)
         crop_CSS.copy_(resized_CSS)
         return ""
+
+
+class _Settings(NamedTuple):
+    """What a pipeline is built for."""
+
+    size: int
+    max_windows: int
+    device: torch.device
+    num_threads: int
+    regions: bool
+
+
+class _IdlePipelines:
+    """Pipelines that nobody uses: every evaluation would otherwise build two, whose memory DALI keeps."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: deque[tuple[_Settings, Pipeline]] = deque()
+
+    def take(self, settings: _Settings) -> Pipeline:
+        """Return an idle pipeline, or a new one."""
+        for place, (kept, pipeline) in enumerate(self._kept):
+            if kept == settings:
+                del self._kept[place]
+                return pipeline
+        size, max_windows, device, num_threads, regions = settings
+        return build_pipeline(size, max_windows, device, num_threads, regions=regions)
+
+    def give_back(self, settings: _Settings, pipeline: Pipeline) -> None:
+        """Keep a pipeline from which everything was collected; the oldest goes where there are too many."""
+        self._kept.append((settings, pipeline))
+        if len(self._kept) > self._most:
+            self._kept.popleft()
+
+
+_IDLE = _IdlePipelines(most=2)
+
+
+def is_of_the_device(message: str) -> bool:
+    """Return whether an error that DALI reports is one of the GPU or of memory: no image is to blame for it."""
+    return _DEVICE_ERROR.search(message) is not None
 
 
 def _in_batch(window: Window) -> bool:

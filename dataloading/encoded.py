@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dataloading import pillow
 from dataloading.damaged import DamagedRows
+from dataloading.device_copies import to_device
 from dataloading.io_threads import IoThreads
 from dataloading.plan import Plan, Planner
 
@@ -182,7 +183,7 @@ class EncodedCrops:
             of_row = {row: self._load(row) for row in dict.fromkeys(plan.sources_M[changed].tolist())}
             self._decoder.submit([of_row[int(plan.sources_M[m])].window(plan, m) for m in changed])
             again = self._decoder.collect()
-            crops[torch.tensor(changed, device=crops.device)] = again.crops
+            crops.index_copy_(0, to_device(torch.tensor(changed), crops.device), again.crops)
             reasons = {changed[window]: reason for window, reason in again.reasons.items()}
         return plan, crops
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dataloading import pillow
+from dataloading.device_copies import host_memory, to_device
 from dataloading.encoded import Decoded, Window
 from dataloading.resize import resize_into
 from dataloading.threads import Buffers, single_threaded_pool
@@ -38,7 +39,7 @@ class ImageDecoder:
 
     def submit(self, windows: Sequence[Window]) -> None:
         """Start to decode a batch."""
-        crops = self._buffers.take(torch.Size((len(windows), 3, self._size, self._size)))
+        crops = self._memory(torch.Size((len(windows), 3, self._size, self._size)))
         parts = (range(i, min(i + _TOGETHER, len(windows))) for i in range(0, len(windows), _TOGETHER))
         self._batches.append((crops, [self._threads.submit(self._decode, windows, part, crops) for part in parts]))
 
@@ -48,11 +49,17 @@ class ImageDecoder:
         reasons: dict[int, str] = {}
         for part in parts:
             reasons |= part.result()
-        return Decoded(crops.to(self._device), reasons)
+        return Decoded(to_device(crops, self._device), reasons)
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown(cancel_futures=True)
+
+    def _memory(self, shape: torch.Size) -> Tensor:
+        if self._device.type == "cpu":
+            return self._buffers.take(shape)
+        # torch's own page-locked memory is used again only when the copy from it to the device is done.
+        return host_memory(shape, torch.uint8, self._device)
 
     def _decode(self, windows: Sequence[Window], part: range, crops: Tensor) -> dict[int, str]:
         """Decode a part of a batch into its crops; return why some of it has no pixels."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from dataloading.augment import AugmentConfig, ColorFactors, kernel_size
+from dataloading.device_copies import host_memory, to_device
 from dataloading.plan import Plan
 
 _ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -30,14 +31,15 @@ class ReferenceMemoryCrops:
     def crops(self, plans: Iterator[Plan]) -> Iterator[tuple[Plan, Tensor]]:
         """Yield each plan with its crops, float32 in [0, 1], (M, C, S, S)."""
         for plan in plans:
-            crops_MCSS = torch.empty((plan.num_windows, 3, self._size, self._size))
+            shape = torch.Size((plan.num_windows, 3, self._size, self._size))
+            crops_MCSS = host_memory(shape, torch.float32, self._device)
             windows = zip(plan.sources_M, plan.anchors_M2.tolist(), plan.sizes_M2.tolist(), strict=True)
             for m, (row, (top, left), (height, width)) in enumerate(windows):
                 pixels = torch.from_numpy(self._pixels_NHWC[row].copy()).permute(2, 0, 1).to(torch.float32).div_(255.0)
                 crops_MCSS[m] = tv.resized_crop(
                     pixels, top, left, height, width, [self._size, self._size], antialias=True
                 )
-            yield plan, crops_MCSS.to(self._device)
+            yield plan, to_device(crops_MCSS, self._device)
 
     def close(self) -> None:
         """Nothing to end."""

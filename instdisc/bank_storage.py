@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.page_locked import page_locked
 from dataloading.philox import Purpose
 
 START_BLOCK_ROWS = 4096
@@ -57,7 +58,7 @@ def allocate(
 
     pinned: page-locked host memory, from which a GPU copies without waiting. folder: of the file to map, on a local
     disk; its room is taken at once, so that a full disk is told here and not by a signal in the middle of training.
-    Raises OSError where the file cannot be made.
+    Raises OSError where the file cannot be made, or the memory not be page-locked.
     """
     if num_rows == 0:
         return Shard(torch.empty((0, dim), dtype=dtype, device=device))
@@ -66,7 +67,7 @@ def allocate(
     if device.type != "cpu":
         return Shard(torch.empty((num_rows, dim), dtype=dtype, device=device))
     if pinned:
-        return Shard(torch.empty((num_rows, dim), dtype=dtype, pin_memory=True))
+        return Shard(page_locked(torch.Size((num_rows, dim)), dtype))
     # numpy asks for huge pages: with small ones, each row of a large bank costs a walk through the page tables.
     memory = np.empty(num_rows * dim * dtype.itemsize, dtype=np.uint8)
     return Shard(torch.from_numpy(memory).view(dtype).view(num_rows, dim))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import PendingRows
+from dataloading.device_copies import to_device
 
 SAME_FEATURES = 1e-6
 """Features that differ by less in every number are the same."""
@@ -72,7 +73,7 @@ class Update:
         """Return whether all valid features that a rank brought are finite, bool scalar on the features' device."""
         first = sum(self.batch.counts_W[:rank])
         own = slice(first, first + self.batch.counts_W[rank])
-        return (self.finite_G[own] | ~_to(self.batch.valid_G[own], self.features_GD.device)).all()
+        return (self.finite_G[own] | ~to_device(self.batch.valid_G[own], self.features_GD.device)).all()
 
     @cached_property
     def all_same(self) -> Tensor:
@@ -83,7 +84,7 @@ class Update:
         rows, places = self.batch.written
         if len(rows) < MIN_DISTINCT:
             return torch.zeros((), dtype=torch.bool, device=self.features_GD.device)
-        valid_UD = self.features_GD.index_select(0, _to(torch.from_numpy(places), self.features_GD.device))
+        valid_UD = self.features_GD.index_select(0, to_device(torch.from_numpy(places), self.features_GD.device))
         return (valid_UD.amax(dim=0) - valid_UD.amin(dim=0)).amax() <= SAME_FEATURES
 
     def applied_to(self, stored_UD: Tensor, places: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -92,10 +93,10 @@ class Update:
         Both on the rows' device. places: of each row's sample in G. Rows stay as they are where the feature is not
         finite, and all of them where all features are the same.
         """
-        at = _to(torch.from_numpy(places), self.features_GD.device)
-        features_UD = _to(self.features_GD.index_select(0, at), stored_UD.device)
+        at = to_device(torch.from_numpy(places), self.features_GD.device)
+        features_UD = to_device(self.features_GD.index_select(0, at), stored_UD.device)
         mixed_UD, lengths_U1 = _mixed(stored_UD, features_UD, self.momentum)
-        accepted_U = _to(self.finite_G.index_select(0, at) & ~self.all_same, stored_UD.device)
+        accepted_U = to_device(self.finite_G.index_select(0, at) & ~self.all_same, stored_UD.device)
         # Huge features, or one opposite to its row, leave nothing that could be scaled to length 1.
         accepted_U &= (lengths_U1[:, 0] > 0) & lengths_U1[:, 0].isfinite()
         mixed_UD = (mixed_UD / lengths_U1).to(stored_UD.dtype)
@@ -113,7 +114,7 @@ class Update:
         hits = np.flatnonzero(rows[found] == indices_M)
         if len(hits) == 0:
             return
-        at = _to(torch.from_numpy(hits), rows_MD.device)
+        at = to_device(torch.from_numpy(hits), rows_MD.device)
         stored_UD = rows_MD.index_select(0, at).to(dtype)
         current_UD, _ = self.applied_to(stored_UD, places[found[hits]])
         rows_MD.index_copy_(0, at, current_UD.float())
@@ -155,8 +156,3 @@ def _mixed(stored_UD: Tensor, features_UD: Tensor, momentum: float) -> tuple[Ten
         squares_UD[:, : width - half] += squares_UD[:, half:width]
         width = half
     return mixed_UD, squares_UD[:, :1].sqrt()
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    # Copies to the host wait: the host reads what they bring at once.
-    return tensor.to(device, non_blocking=device.type != "cpu")

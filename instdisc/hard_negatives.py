@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows, rank
+from dataloading.device_copies import to_device
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.objectives.owners import OwnedPairs
 
@@ -45,10 +46,10 @@ def _nearest_here(
     num_samples, device = len(features_GD), features_GD.device
     best_GH = features_GD.new_full((num_samples, num_hard), -torch.inf)
     places_GH = torch.zeros((num_samples, num_hard), dtype=torch.int64, device=device)
-    own_G = (indices_G - bank.start).to(device, non_blocking=True)
+    own_G = to_device(indices_G - bank.start, device)
     block_rows = max(num_hard, BLOCK_SCORES // max(num_samples, bank.dim))
     for start in range(0, len(bank.rows), block_rows):
-        block_CD = bank.rows[start : start + block_rows].to(device, torch.float32, non_blocking=True)
+        block_CD = to_device(bank.rows[start : start + block_rows], device).float()
         scores_GC = features_GD @ block_CD.T
         is_own_GC = own_G[:, None] == torch.arange(start, start + len(block_CD), device=device)
         scores_GC.masked_fill_(is_own_GC, -torch.inf)

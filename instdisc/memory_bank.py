@@ -30,6 +30,7 @@ from cluster.collectives import (
     world_size,
 )
 from cluster.row_guard import RowGuard
+from dataloading.device_copies import host_memory, to_device
 from instdisc.bank_storage import allocate, fill_with_start_rows
 from instdisc.bank_update import PendingUpdate, Update
 from instdisc.negatives import negative_indices
@@ -55,7 +56,7 @@ class PendingLookup:
         """Return the rows, float32 (M, D), in memory that nobody else has."""
         gathered_MD = self._pending.wait()
         if self._places_M is not None:
-            gathered_MD = gathered_MD.index_select(0, self._places_M.to(gathered_MD.device, non_blocking=True))
+            gathered_MD = gathered_MD.index_select(0, to_device(self._places_M, gathered_MD.device))
         return gathered_MD.float()
 
 
@@ -217,7 +218,7 @@ class ShardedMemoryBank:
         self.all_same_step = torch.where(same & (self.all_same_step == NEVER), update.step, self.all_same_step)
         rows, places = update.batch.written
         low, high = np.searchsorted(rows, (self.start, self.stop))
-        local_U = torch.from_numpy(rows[low:high] - self.start).to(self.device, non_blocking=True)
+        local_U = to_device(torch.from_numpy(rows[low:high] - self.start), self.device)
         written_UD, accepted_U = update.applied_to(self.rows.index_select(0, local_U), places[low:high])
         old_U = self.last_step.index_select(0, local_U)
         with self.guard.writing(rows[low:high] - self.start):
@@ -232,10 +233,10 @@ class ShardedMemoryBank:
 
     def _copied(self, own_X: Tensor) -> Tensor:
         """Return copies of owned rows, (X, D) in the bank's dtype, where they are worked with."""
-        rows_XD = self.rows.index_select(0, own_X.to(self.device, non_blocking=True))
         if self.work_device == self.device:
-            return rows_XD
-        return rows_XD.pin_memory().to(self.work_device, non_blocking=True)
+            return self.rows.index_select(0, to_device(own_X, self.device))
+        rows_XD = host_memory(torch.Size((len(own_X), self.dim)), self.rows.dtype, self.work_device)
+        return to_device(torch.index_select(self.rows, 0, own_X, out=rows_XD), self.work_device)
 
     def _agree_on_shapes(self, indices_B: Tensor, features_BD: Tensor, valid_B: Tensor, step: int) -> list[int]:
         """Return how many samples each rank brings; raise ValueError on all ranks where those of one do not fit."""

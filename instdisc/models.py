@@ -90,7 +90,8 @@ class SmallConvNet(nn.Module):
 def build_encoder(config: ModelConfig, seed: int = 0) -> Encoder:
     """Return the encoder with weights drawn from `seed` alone; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(words(seed, 0, purpose=Purpose.WEIGHTS, num=1)[0] >> 1))
+        # Not torch.manual_seed: that would seed the caller's GPUs as well, which are not forked.
+        torch.default_generator.manual_seed(int(words(seed, 0, purpose=Purpose.WEIGHTS, num=1)[0] >> 1))
         trunk = _trunk(config)
         if config.head != "linear":
             norm = nn.BatchNorm1d(config.feature_dim, affine=False)

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows, reduce_scatter_rows
+from dataloading.device_copies import host_memory, to_device
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.objectives.gradients import first_order, require_fixed
 
 BLOCK_BYTES = 2**23
-"""Rows that are copied out at a time; more would leave the caches between the two products."""
+"""Rows that a CPU copies out at a time; more would leave its caches between the two products."""
+GPU_BLOCK_BYTES = 2**28
+"""The same on a GPU, where a small block is a launch of a kernel that keeps nothing busy."""
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,18 @@ def _sums_over_pairs(
     sums_GE = scaled_GD.new_zeros(num_samples, dim + 2)
     offsets = np.concatenate([[0], np.cumsum(pairs.counts_G)])
     most = max(1, int(pairs.counts_G.max(initial=0)))
-    samples = max(1, BLOCK_BYTES // (4 * dim * most))
-    copies = rows_RD.new_empty((samples * most, dim))
+    block_bytes = BLOCK_BYTES if scaled_GD.device.type == "cpu" else GPU_BLOCK_BYTES
+    samples = max(1, min(num_samples, block_bytes // (4 * dim * most)))
+    copies = _Copies(rows_RD, samples * most, scaled_GD.device)
     for start in range(0, num_samples, samples):
         stop = min(num_samples, start + samples)
         places_bn, padding_bn = pairs.block(start, stop, offsets)
         if places_bn.shape[1] == 0:
             continue
-        rows_pD = copies[: places_bn.numel()]
-        torch.index_select(rows_RD, 0, places_bn.view(-1).to(rows_RD.device, non_blocking=True), out=rows_pD)
-        rows_bnD = rows_pD.to(scaled_GD.device, torch.float32).view(*places_bn.shape, dim)
+        rows_bnD = copies.of(places_bn.view(-1)).view(*places_bn.shape, dim)
         odds_bn = torch.bmm(rows_bnD, scaled_GD[start:stop, :, None])[:, :, 0]
         if padding_bn is not None:
-            odds_bn.masked_fill_(padding_bn.to(odds_bn.device, non_blocking=True), -torch.inf)
+            odds_bn.masked_fill_(to_device(padding_bn, odds_bn.device), -torch.inf)
         odds_bn.sub_(shift).exp_()
         torch.sum(odds_bn, dim=1, out=sums_GE[start:stop, -1])
         if of_noise:
@@ -150,3 +152,22 @@ def _sums_over_pairs(
             odds_bn.div_(odds_bn + 1)
         sums_GE[start:stop, :-2] = torch.bmm(odds_bn[:, None, :], rows_bnD)[:, 0]
     return sums_GE
+
+
+class _Copies:
+    """Copies of rows where they are worked with, float32; memory of the rows' own device is used again."""
+
+    def __init__(self, rows_RD: Tensor, most: int, device: torch.device) -> None:
+        self._rows_RD, self._device = rows_RD, device
+        self._memory = rows_RD.new_empty((most, rows_RD.shape[1])) if rows_RD.device == device else None
+
+    def of(self, places_p: Tensor) -> Tensor:
+        """Return copies of rows, (p, D), which hold until the next call."""
+        if self._memory is not None:
+            copies_pD = self._memory[: len(places_p)]
+        else:
+            # Not used again: the copy from it to the device is still under way when the next block is made.
+            shape = torch.Size((len(places_p), self._rows_RD.shape[1]))
+            copies_pD = host_memory(shape, self._rows_RD.dtype, self._device)
+        torch.index_select(self._rows_RD, 0, to_device(places_p, self._rows_RD.device), out=copies_pD)
+        return to_device(copies_pD, self._device).float()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.collectives import all_gather_rows, gather_counts, reduce_scatter_rows
+from dataloading.device_copies import to_device
 from instdisc.config_method import MIN_SUM_TEMPERATURE
 from instdisc.memory_bank import ShardedMemoryBank
 from instdisc.objectives.gradients import first_order, require_fixed
@@ -137,7 +138,7 @@ def _sums_over_rows(
     memory = features_GD.new_empty(num_features * block_rows)
     blocks = [slice(at, min(len(rows_RD), at + block_rows)) for at in range(0, len(rows_RD), block_rows)]
     for block, own_P in zip(blocks, own.in_columns(blocks, features_GD.device), strict=True):
-        block_CD = rows_RD[block].to(features_GD.device, non_blocking=True).float()
+        block_CD = to_device(rows_RD[block], features_GD.device).float()
         scores_GC = memory[: num_features * len(block_CD)].view(num_features, -1)
         torch.mm(scaled_GD, block_CD.T, out=scores_GC).exp_()
         if len(own_P):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataloading.device_copies import to_device
 from instdisc.bank_update import GlobalBatch
 from instdisc.train.bank_health import DeadBankError
 
@@ -33,7 +34,7 @@ class StepSums:
         self.num_steps += 1
         if own.start == own.stop:
             return
-        valid_B = batch.valid_G[own].to(losses_B.device, torch.float32, non_blocking=True)
+        valid_B = to_device(batch.valid_G[own], losses_B.device).float()
         num_valid = max(1, batch.num_valid)
         # Rows of the other samples are rows of random other images: the same measure for every objective.
         own_B = (features_BD * positives_GD[own]).sum(dim=1)

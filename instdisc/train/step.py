@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.collectives import PendingSum, all_reduce_sum, start_all_gather_rows
 from cluster.worker import Worker
+from dataloading.device_copies import to_device
 from dataloading.loader import Batch
 from dataloading.order import Order, StepRows
 from dataloading.philox import Purpose, words
@@ -136,7 +137,7 @@ class Stepper:
         """Add this group's share to the gradient of the mean loss over the G samples."""
         valid_b = self._valid(batch, own)
         if not valid_b.all():
-            losses_b = torch.where(valid_b.to(losses_b.device, non_blocking=True), losses_b, 0)
+            losses_b = torch.where(to_device(valid_b, losses_b.device), losses_b, 0)
         # DDP averages over the ranks; the loss is a mean over the samples of all of them.
         loss = losses_b.sum() * (self.worker.world_size / self.plan.global_batch)
         if loss.requires_grad:
@@ -157,7 +158,7 @@ class Stepper:
     def _of_valid(self, log_sums_b: Tensor | None, batch: Batch, own: slice) -> Tensor:
         if log_sums_b is None:
             return torch.empty(0, device=self.worker.device)
-        valid_b = self._valid(batch, own).to(log_sums_b.device, non_blocking=True)
+        valid_b = to_device(self._valid(batch, own), log_sums_b.device)
         return log_sums_b.detach().masked_fill(~valid_b, -torch.inf)
 
     def _observe(self, log_sums: Sequence[Tensor], update: PendingUpdate) -> None:
