@@ -87,7 +87,7 @@ class Checkpointer:
     by default. bandwidth_share: how much of the time each of `num_threads` threads sends. incremental: whether to write
     increments. rows_per_step: most rows of a table that a step writes; from it follows when they are not worth it.
     digests, versions: what the manifest says of the run's configuration and code; `restore` refuses a checkpoint with
-    other digests.
+    other digests, but for `older_digests`, which older versions gave to the same.
     warnings: sentences about what was found damaged or could not be removed, in the order in which it happened.
     """
 
@@ -104,6 +104,7 @@ class Checkpointer:
         incremental: bool = True,
         rows_per_step: int | None = None,
         digests: Mapping[str, str] | None = None,
+        older_digests: Mapping[str, str] | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
         if num_threads < 1 or (block_rows is not None and block_rows < 1):
@@ -116,6 +117,8 @@ class Checkpointer:
         self._block_rows, self._num_threads, self._incremental = block_rows, num_threads, incremental
         self._rows_per_step = rows_per_step
         self._digests, self._versions = dict(digests or {}), dict(versions or {})
+        older = older_digests or {}
+        self._accepted = {name: {digest, older.get(name, digest)} for name, digest in self._digests.items()}
         self._pace = Pace(bandwidth_share)
         self._taker = SnapshotTaker()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-save")
@@ -139,7 +142,7 @@ class Checkpointer:
         with phase(Phase.RESTORE):
             begun = gather(self._worker, "begin an attempt", lambda: self._of_rank_0("begin_attempt"))[0]
             self._attempt = int(begun["attempt"])
-            restoring = Restoring(self._store, self._worker, load, self._digests, self._num_threads)
+            restoring = Restoring(self._store, self._worker, load, self._accepted, self._num_threads)
             restoring.damaged.extend(ManifestId(*id) for id in begun["damaged"])
             # The caller's list, so that what was found stands there even if nothing is intact.
             restoring.warnings = self.warnings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.agreement import WorkerLike, gather
@@ -18,14 +18,15 @@ Load = Callable[[Checkpoint], None]
 class Restoring:
     """Tries checkpoints from the newest to the oldest. All ranks call it alike.
 
-    load: takes over a checkpoint; None only verifies, and the ranks share that. digests: of what the run is now.
+    load: takes over a checkpoint; None only verifies, and the ranks share that. accepted: the digests that a checkpoint
+    of what the run is now may have, by name.
     damaged, warnings: what was found on the way, the first as ids, the second in sentences.
     """
 
     store: Store
     worker: WorkerLike
     load: Load | None
-    digests: Mapping[str, str]
+    accepted: Mapping[str, Collection[str]]
     num_threads: int
     damaged: list[ManifestId] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -89,7 +90,8 @@ class Restoring:
         return manifest, []
 
     def _check_digests(self, manifest: Manifest) -> None:
-        differing = [n for n, digest in self.digests.items() if manifest.digests.get(n, digest) != digest]
+        found = manifest.digests
+        differing = [name for name, digests in self.accepted.items() if name in found and found[name] not in digests]
         if differing:
             raise CheckpointError(
                 f"{manifest.id.key} in {self.store.uri} was saved with another {' and '.join(differing)}; put the "

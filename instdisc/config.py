@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dataloading.augment import AugmentConfig
+from instdisc.config_effects import idle_fields
 from instdisc.config_elastic import ElasticConfig
 from instdisc.config_method import BankConfig, ObjectiveConfig
 from instdisc.config_sections import (
@@ -24,7 +25,7 @@ from instdisc.config_sections import (
     SystemConfig,
     check,
 )
-from instdisc.overrides import apply_overrides, from_plain, values_before
+from instdisc.overrides import apply_overrides, as_annotated, flatten, from_plain, values_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,10 @@ MAY_CHANGE_ON_RESUME = frozenset(
 ) - {"system.precision"}
 
 
+DECIDED_AT_FIRST_START = ("optim.norm_group", "system.precision")
+"""Fields whose value is found out at a run's first start where the configuration leaves it open, and kept."""
+
+
 def lasting_digest(config: TrainConfig) -> str:
     """Return a digest of the fields that may not change when a run goes on, SHA-256 (hex).
 
@@ -120,43 +125,52 @@ def lasting_digest(config: TrainConfig) -> str:
     before = values_before(TrainConfig)
     lasting = {
         name: value
-        for name, value in flatten(config).items()
+        for name, value in flatten(as_annotated(config)).items()
         if name not in MAY_CHANGE_ON_RESUME and not (name in before and before[name] == value)
     }
     return hashlib.sha256(json.dumps(lasting, sort_keys=True).encode()).hexdigest()
 
 
-def as_begun(stored: TrainConfig, asked: TrainConfig) -> TrainConfig:
-    """Return `asked` with what the first start decided: the normalisation group, and the rules of an older version.
+def undecided_digest(config: TrainConfig) -> str:
+    """Return the digest that older versions gave a run whose precision they found out at each start."""
+    return lasting_digest(config.with_overrides({"system.precision": "auto"}))
 
-    A field that was added after the run began, and that `asked` leaves at its default, keeps the value that reproduces
-    what the run did so far.
+
+def as_begun(stored: TrainConfig, asked: TrainConfig, left_open: Collection[str] = ()) -> TrainConfig:
+    """Return `asked` with what the run keeps from its beginning.
+
+    That is what the first start decided of what `asked` leaves open (`left_open`: by its recipe, beside None and
+    "auto"); the rules of an older version, where a field was added after the run began and `asked` leaves it at its
+    default; and fields that nothing reads, whatever was asked for.
     """
-    before, now, default = flatten(stored), flatten(asked), flatten(TrainConfig())
+    before, now, default = (flatten(as_annotated(config)) for config in (stored, asked, TrainConfig()))
     kept = {
         name: value
         for name, value in values_before(TrainConfig).items()
-        if before[name] == value and now[name] == default[name] and name not in MAY_CHANGE_ON_RESUME
+        if before[name] == value and now[name] == default[name]
     }
-    if now["optim.norm_group"] is None:
-        kept["optim.norm_group"] = before["optim.norm_group"]
-    return asked.with_overrides(kept)
+    kept |= {
+        name: before[name]
+        for name in DECIDED_AT_FIRST_START
+        if now[name] == default[name] or (name in left_open and before[name] != default[name])
+    }
+    kept |= {name: before[name] for name in idle_fields(asked) & idle_fields(stored)}
+    return asked.with_overrides({name: value for name, value in kept.items() if name not in MAY_CHANGE_ON_RESUME})
 
 
-def flatten(config: TrainConfig) -> dict[str, Any]:
-    """Return every field by its dotted name."""
-    flat: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, dict):
-            flat.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
-        else:
-            flat[name] = value
-    return flat
+def rules_kept(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields, with their values, in which a run keeps the rules of the older version that it began with."""
+    values, defaults = flatten(config), flatten(type(config)())
+    return {
+        name: value
+        for name, value in values_before(type(config)).items()
+        if values[name] == value != defaults[name] and name not in MAY_CHANGE_ON_RESUME
+    }
 
 
-def resume_differences(stored: TrainConfig, asked: TrainConfig) -> list[str]:
+def resume_differences(stored: TrainConfig, asked: TrainConfig, left_open: Collection[str] = ()) -> list[str]:
     """Return a line per field that differs and may not change when a run goes on, after `as_begun`."""
-    before, now = flatten(stored), flatten(as_begun(stored, asked))
+    before, now = (flatten(as_annotated(config)) for config in (stored, as_begun(stored, asked, left_open)))
     return [
         f"{name}: the run has {before[name]!r}, asked for {now[name]!r}"
         for name in before

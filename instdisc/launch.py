@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 from cluster.environment import have_a_home
 from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.command_line import command_line
-from instdisc.config import TrainConfig, flatten
+from instdisc.config import TrainConfig
+from instdisc.config_effects import refuse_idle
 from instdisc.config_sections import ConfigError
-from instdisc.runs import Run, RunResult, read_curves
+from instdisc.overrides import flatten
+from instdisc.recipes import starting_point
+from instdisc.runs import Run, RunResult, read_curves, usable_workers
+from instdisc.start_advice import advice, keeps, of_workers
 
 if TYPE_CHECKING:
     from cluster.worker import Worker
@@ -55,6 +59,11 @@ def fit(
     least, most = _least_and_most(workers)
     if least != most and launcher != "ray":
         raise ConfigError(f"workers: found {least}..{most} with launcher {launcher!r}, expected one number, or Ray")
+    if address is not None and (most == 0 or launcher != "ray"):
+        where = "workers 0" if most == 0 else f"launcher {launcher}"
+        raise ConfigError(
+            f"address: found {address!r} with {where}, which trains on this machine; leave one of them out"
+        )
     if run.startswith("memory://") and most > 0:
         raise ConfigError(f"run {run}: found memory that ends with each process, expected a folder or a remote URI")
     place = Run(absolute(run))
@@ -64,6 +73,7 @@ def fit(
     if done is not None:
         _say_what_is_not_applied(config, place, on_event)
         return done
+    _refuse_idle(config, place)
     if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
         from dataloading.sources import require_root
 
@@ -72,8 +82,14 @@ def fit(
     if _RAY_WORKING_DIR in place.uri and on_event:
         text = f"run {place.uri} lies in a copy of the job's files on one machine, which Ray deletes: give --run s3://…"
         on_event({"kind": "message", "text": text})
-    config = place.agree_on_config(config, workers=most)
-    outcome = _launch(config, place.uri, (least, most), launcher, address, on_event)
+    usable, why = usable_workers(place.agreed_config(config, workers=most), least, most)
+    asked, config = config, place.agree_on_config(config, workers=most)
+    if on_event:
+        kept = keeps(config, asked)
+        warnings = [*([why] if why else []), *advice(config), *of_workers(config, least, usable, launcher)]
+        for text in [*([kept] if kept else []), *(f"warning: {text}" for text in warnings)]:
+            on_event({"kind": "message", "text": text, "keep": True})
+    outcome = _launch(config, place.uri, (least, usable), launcher, address, on_event)
     finished = place.result()
     if finished is not None:
         return finished
@@ -89,6 +105,13 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
         knn = command_line("knn", place.uri)
         text = f"the run is finished: {', '.join(changed)} not applied; `{knn}` evaluates anew"
         on_event({"kind": "message", "text": text})
+
+
+def _refuse_idle(config: TrainConfig, place: Run) -> None:
+    """Raise ConfigError where a field was changed that nothing reads, unless the run was begun so."""
+    asked, made, stored = flatten(config), flatten(starting_point(config)), place.config()
+    begun = {} if stored is None else flatten(stored)
+    refuse_idle(config, [name for name in asked if asked[name] not in (made[name], begun.get(name, made[name]))])
 
 
 def _launch(

@@ -33,6 +33,22 @@ def field_names(kind: type, prefix: str = "") -> list[str]:
     return names
 
 
+def flatten(config: Any) -> dict[str, Any]:
+    """Return every field of a dataclass of dataclasses by its dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": inner_value for inner, inner_value in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_annotated(config: T) -> T:
+    """Return the configuration with every value of its field's type: 1 is 1.0 where a float is expected."""
+    return from_plain(type(config), dataclasses.asdict(config))  # pyright: ignore[reportArgumentType]
+
+
 def values_before(kind: type, prefix: str = "") -> dict[str, Any]:
     """Return, by dotted name, the value that stands for a field's absence, of all fields that a newer version added."""
     hints = typing.get_type_hints(kind)
@@ -152,7 +168,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         number = float(value)
         if isinstance(value, bool) or not math.isfinite(number):
             raise ValueError
-        return number
+        return number + 0.0  # 0.0 and not -0.0, which is written in another way
     if annotation is str:
         if not isinstance(value, str):
             raise TypeError

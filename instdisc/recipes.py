@@ -6,11 +6,12 @@ A recipe's name is its function's name with dashes; `recipe(name, **overrides)` 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataloading.augment import AugmentConfig
-from instdisc.config import TrainConfig, flatten
+from instdisc.config import DECIDED_AT_FIRST_START, TrainConfig
+from instdisc.config_effects import idle_fields, refuse_idle
 from instdisc.config_method import ObjectiveConfig
 from instdisc.config_sections import (
     CheckpointConfig,
@@ -21,7 +22,7 @@ from instdisc.config_sections import (
     OptimConfig,
     SystemConfig,
 )
-from instdisc.overrides import as_typed
+from instdisc.overrides import as_typed, flatten
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2023, 0.1994, 0.2010)
@@ -65,7 +66,15 @@ def quickstart() -> TrainConfig:
         ),
         model=ModelConfig(architecture="convnet-small", width=24, head="linear-norm"),
         objective=ObjectiveConfig(name="softmax", temperature=0.2),
-        optim=OptimConfig(epochs=22, global_batch=128, lr=0.02, weight_decay=5e-4, schedule="cosine", warmup_epochs=9),
+        optim=OptimConfig(
+            epochs=22,
+            global_batch=128,
+            norm_group=64,
+            lr=0.02,
+            weight_decay=5e-4,
+            schedule="cosine",
+            warmup_epochs=9,
+        ),
         eval=EvalConfig(every_epochs=11, baselines=True, k=50, resize=32, crop=32),
         checkpoint=CheckpointConfig(every_minutes=0.5),
         system=SystemConfig(log_every=20, channels_last="on"),
@@ -87,7 +96,9 @@ def cifar10_npid() -> TrainConfig:
         augment=CIFAR_AUGMENT,
         model=ModelConfig(architecture="resnet18", stem="cifar"),
         objective=ObjectiveConfig(name="softmax", temperature=0.1),
-        optim=OptimConfig(epochs=200, global_batch=128, lr=0.03, weight_decay=5e-4, milestones=(120.0, 160.0)),
+        optim=OptimConfig(
+            epochs=200, global_batch=128, norm_group=128, lr=0.03, weight_decay=5e-4, milestones=(120.0, 160.0)
+        ),
         eval=EvalConfig(every_epochs=5, k=200, temperature=0.1, resize=32, crop=32),
     )
 
@@ -128,6 +139,7 @@ def cifar10_cpu() -> TrainConfig:
             "model.head": "linear-norm",
             "objective.temperature": 0.2,
             "optim.epochs": 32,
+            "optim.norm_group": 64,
             "optim.lr": 0.02,
             "optim.schedule": "cosine",
             "optim.warmup_epochs": 12,
@@ -153,7 +165,9 @@ def imagenet_npid_r18() -> TrainConfig:
         augment=AugmentConfig(),
         model=ModelConfig(architecture="resnet18", stem="imagenet"),
         objective=ObjectiveConfig(name="nce", temperature=0.07, num_negatives=4096, z="constant"),
-        optim=OptimConfig(epochs=200, global_batch=256, lr=0.03, weight_decay=1e-4, milestones=(120.0, 160.0)),
+        optim=OptimConfig(
+            epochs=200, global_batch=256, norm_group=32, lr=0.03, weight_decay=1e-4, milestones=(120.0, 160.0)
+        ),
         eval=EvalConfig(every_epochs=10, k=200, temperature=0.07, resize=256, crop=224),
     )
 
@@ -176,8 +190,19 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 def recipe(name: str, **overrides: Any) -> TrainConfig:
     """Return a recipe's configuration with dotted overrides: recipe("cifar10-cpu", **{"optim.epochs": 5}).
 
+    As `made_from`. Raises ConfigError as well for an override that nothing would read.
+    """
+    config = made_from(name, overrides)
+    refuse_idle(config, overrides)
+    return config
+
+
+def made_from(name: str, overrides: Mapping[str, Any]) -> TrainConfig:
+    """Return a recipe's configuration with dotted overrides.
+
     Who names a `data.root` has images there: with one among the overrides nothing is downloaded, and what it holds is
-    found out, unless they say otherwise. Raises ConfigError for an unknown recipe or field, naming the likely one.
+    found out, unless they say otherwise. A normalisation group belongs to its batch: with another one among the
+    overrides it is left open. Raises ConfigError for an unknown recipe or field, naming the likely one.
     """
     if name not in RECIPES:
         likely = difflib.get_close_matches(name, RECIPES, n=1)
@@ -186,21 +211,39 @@ def recipe(name: str, **overrides: Any) -> TrainConfig:
     config = RECIPES[name]()
     if "data.root" in overrides and config.data.root is not None:
         overrides = {"data.kind": "auto", "data.download": False, **overrides}
-    return config.with_overrides(overrides)
+    made = config.with_overrides({"optim.norm_group": None, **overrides})
+    if "optim.norm_group" in overrides or made.optim.global_batch != config.optim.global_batch:
+        return made
+    return made.with_overrides({"optim.norm_group": config.optim.norm_group})
+
+
+def starting_point(config: TrainConfig) -> TrainConfig:
+    """Return the configuration that one was made from: that of its recipe, or the defaults."""
+    return RECIPES.get(config.recipe, TrainConfig)()
+
+
+def left_open(config: TrainConfig) -> frozenset[str]:
+    """Return the fields that a run's first start decided and that the configuration leaves at its recipe's values."""
+    made, asked = flatten(starting_point(config)), flatten(config)
+    return frozenset(name for name in DECIDED_AT_FIRST_START if asked[name] == made[name])
 
 
 def overrides_of(config: TrainConfig) -> dict[str, str] | None:
     """Return the overrides, as typed, that make a configuration from its recipe; None where it is none of ours.
 
-    The normalisation group is left out where the recipe leaves it open: a run that goes on keeps its own.
+    Left out are fields that nothing reads, and what a run decided at its first start where the recipe leaves it open:
+    a run that goes on keeps it.
     """
     if config.recipe not in RECIPES:
         return None
     asked = flatten(config)
-    if RECIPES[config.recipe]().optim.norm_group is None:
-        del asked["optim.norm_group"]
     overrides: dict[str, str] = {}
-    for _ in range(2):  # a root of one's own changes what the recipe says of other fields
-        made = flatten(recipe(config.recipe, **overrides))
-        overrides |= {name: as_typed(value) for name, value in asked.items() if made[name] != value}
+    for _ in range(2):  # a root or a batch of one's own changes what the recipe says of other fields
+        made = flatten(made_from(config.recipe, overrides))
+        open_fields = {name for name in DECIDED_AT_FIRST_START if made[name] in (None, "auto")}
+        overrides |= {
+            name: as_typed(value)
+            for name, value in asked.items()
+            if made[name] != value and name not in open_fields | idle_fields(config)
+        }
     return overrides

@@ -30,6 +30,7 @@ from dataloading.index import DatasetIndex
 from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, as_begun, resume_differences
 from instdisc.config_sections import METRICS, ConfigError
+from instdisc.recipes import left_open
 
 CONFIG = "config.json"
 INDEX = "dataset/index.parquet"
@@ -107,13 +108,19 @@ class Run:
         workers: of this start; the normalisation group follows from it if none is asked for. Raises ConfigError where
         a field differs that may not change.
         """
-        agreed = asked if asked.optim.norm_group is not None else _with_norm_group(asked, max(1, workers))
+        agreed = self.agreed_config(asked, workers=workers)
         if self.store.create(CONFIG, agreed.to_json().encode()):
             return agreed
         if self.store.exists(DIGEST):
-            return as_begun(self.require_same_config(asked), asked)
+            return as_begun(self.require_same_config(asked), asked, left_open(asked))
         self.keep_config(agreed)
         return agreed
+
+    def agreed_config(self, asked: TrainConfig, *, workers: int = 1) -> TrainConfig:
+        """Return what `agree_on_config` does, and store nothing."""
+        if self.store.exists(CONFIG) and self.store.exists(DIGEST):
+            return as_begun(self.require_same_config(asked), asked, left_open(asked))
+        return asked if asked.optim.norm_group is not None else _with_norm_group(asked, max(1, workers))
 
     def keep_config(self, config: TrainConfig) -> None:
         """Store the configuration of who trains the run now."""
@@ -124,7 +131,7 @@ class Run:
         stored = self.config()
         if stored is None:
             raise RunError(f"run {self.uri} has no {CONFIG}: it is damaged. Put the file back, or give another --run")
-        differences = resume_differences(stored, asked)
+        differences = resume_differences(stored, asked, left_open(asked))
         if differences:
             raise ConfigError(
                 f"run {self.uri} was started with another configuration:\n  " + "\n  ".join(differences) + "\n"
@@ -219,12 +226,35 @@ class Run:
 
 
 def _with_norm_group(config: TrainConfig, workers: int) -> TrainConfig:
-    """Return the configuration with a normalisation group that gives each worker one, and no group a single image."""
+    """Return the configuration with the largest normalisation group of which each worker has one.
+
+    No group holds a single image, which has no variance. Where the batch is too small for so many workers it has as
+    many groups as it can.
+    """
     batch = config.optim.global_batch
-    group = max(2, -(-batch // workers))
-    while batch % group == 1:
-        group += 1
-    return config.with_overrides({"optim.norm_group": group})
+    sizes = [size for size in range(2, batch + 1) if batch % size != 1]
+    enough = [size for size in sizes if -(-batch // size) >= workers]
+    return config.with_overrides({"optim.norm_group": max(enough, default=min(sizes))})
+
+
+def usable_workers(config: TrainConfig, least: int, most: int) -> tuple[int, str]:
+    """Return how many of `most` workers have a normalisation group of the batch, and in words why not all ("" if all).
+
+    Raises ConfigError where fewer than `least` have one: the others would stand idle.
+    """
+    batch, size = config.optim.global_batch, config.optim.norm_group
+    groups = most if size is None else -(-batch // size)
+    if most <= groups:
+        return most, ""
+    found = f"a batch of {batch} images has {groups} group(s) of optim.norm_group={size} for BatchNorm"
+    if least <= groups:
+        return groups, f"at most {groups} of {most} workers have work: {found}"
+    finer = _with_norm_group(config, least).optim.norm_group
+    other = "a larger --optim.global_batch" if batch < 2 * least else f"--optim.norm_group {finer}"
+    raise ConfigError(
+        f"workers: found {least}, but {found}, and the other workers would have no image; give --workers {groups}, or "
+        f"start a new run with {other}, which changes what is learnt"
+    )
 
 
 def retention_of(config: TrainConfig) -> Retention:

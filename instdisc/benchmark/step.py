@@ -207,7 +207,7 @@ class _Bench:
         return swept[0].setting, rows
 
     def _ours(self, source: Source) -> tuple[Stepper, TimedSteps]:
-        plan = BatchPlan(self.batch_size, self.config.optim.norm_group or self.batch_size, 1)
+        plan = BatchPlan(self.batch_size, self.batch_size, 1)
         order = make_order(
             self.dataset, self.config.data.order_config, seed=self.config.seed, global_batch=self.batch_size
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instdisc.cli.overrides import parse_overrides
-from instdisc.cli.train import DEFAULT_WORKERS, metric_lines
+from instdisc.cli.train import default_workers, metric_lines
 from instdisc.progress import Progress, in_bytes
 from instdisc.recipes import RECIPES, recipe
 from instdisc.runs import Run, RunResult
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--shared-folder", action="store_true", help="--run is a folder that is the same on all machines, and here"
     )
-    parser.add_argument("--workers", default=str(DEFAULT_WORKERS), help="N or MIN..MAX DDP workers (default: 2)")
+    parser.add_argument("--workers", help="N or MIN..MAX DDP workers (default: as for `instdisc train`)")
     parser.add_argument(
         "--working-dir",
         type=Path,
@@ -71,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
     """Submit and follow, with the job's log on standard error and the end on standard output."""
     from instdisc.submission import passed_on, train_command
 
-    recipe(options.recipe, **parse_overrides(options.overrides))  # a mistake is found here, not after a minute there
+    # A mistake is found here, not after a minute there.
+    config = recipe(options.recipe, **parse_overrides(options.overrides))
+    options.workers = options.workers or default_workers(config)
     variables = passed_on(options.env)
     train_command(options.recipe, options.uri or "", options.workers, options.overrides)
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or ""

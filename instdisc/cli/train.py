@@ -9,9 +9,11 @@ from typing import Any
 
 from instdisc.cli.overrides import parse_overrides
 from instdisc.command_line import command_line, tensorboard_command
+from instdisc.config import TrainConfig
+from instdisc.config_effects import refuse_idle
 from instdisc.launch import LAUNCHERS, fit
 from instdisc.overrides import field_names
-from instdisc.recipes import RECIPES, recipe
+from instdisc.recipes import RECIPES, made_from
 from instdisc.runs import NEIGHBOURS, Run, RunResult
 
 DEFAULT_WORKERS = 2
@@ -30,9 +32,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--run", metavar="URI", dest="uri", help="folder or URI of the run (default: runs/RECIPE)")
     parser.add_argument(
         "--workers",
-        default=str(DEFAULT_WORKERS),
         metavar="W|MIN..MAX",
-        help="DDP workers; 0 trains in this process; 2..16: as many as the cluster has room for (default: 2)",
+        help="DDP workers; 0 trains in this process; 2..16: as many as the cluster has room for (default: 2, or 1 "
+        "where BatchNorm is taken over the whole batch)",
     )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="ray", help="what runs the workers (default: ray)")
     parser.add_argument("--address", help="address of a Ray cluster (default: a Ray of our own on this machine)")
@@ -46,15 +48,17 @@ def run(options: argparse.Namespace) -> int:
     from instdisc.progress import Progress
 
     overrides = parse_overrides(options.overrides)
-    config = recipe(options.recipe, **overrides)
+    config = made_from(options.recipe, overrides)
     uri = options.uri or f"runs/{options.recipe}"
-    already = Run(uri).result()
+    already, stored = Run(uri).result(), Run(uri).config()
+    if stored is None:
+        refuse_idle(config, overrides)  # a run that was begun with such an option goes on
     progress = Progress()
     try:
         result = fit(
             config,
             run=uri,
-            workers=options.workers,
+            workers=options.workers or default_workers(stored or config),
             launcher=options.launcher,
             address=options.address,
             on_event=progress.update,
@@ -70,6 +74,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"Stopped at step {result.step:,} of {result.num_steps:,}; {saved}. Go on with:")
         print(f"  {command_line(*sys.argv[1:])}")
     return 0 if result.finished else 130
+
+
+def default_workers(config: TrainConfig) -> str:
+    """Return how many workers train where nobody says: two, or one where a batch is one normalisation group."""
+    size = config.optim.norm_group
+    return str(DEFAULT_WORKERS if size is None or size < config.optim.global_batch else 1)
 
 
 def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
@@ -107,6 +117,4 @@ def metric_lines(result: RunResult) -> list[str]:
 
 
 def _fields() -> list[str]:
-    from instdisc.config import TrainConfig
-
     return [name for name in field_names(TrainConfig) if name != "recipe"]

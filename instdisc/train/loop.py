@@ -25,7 +25,7 @@ from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
 from instdisc.train.plan import BatchPlan
 from instdisc.train.saves import Saves
-from instdisc.train.state import TrainState, build_state
+from instdisc.train.state import TrainState, build_state, decide_precision
 from instdisc.train.step import Stepper
 
 LOOK_S = 5.0
@@ -38,7 +38,7 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     Returns {"finished", "step", "num_steps", "metrics"}, the same on every rank; raises Preempted on every rank where
     other workers are to go on. Collective.
     """
-    config = TrainConfig.from_json(config_json)
+    config = decide_precision(worker, TrainConfig.from_json(config_json))
     run = Run(uri)
     train_set = open_train_set(worker, config, run)
     test_set = open_test_set(

@@ -28,7 +28,7 @@ from instdisc.train.cluster_events import ClusterEvents
 from instdisc.train.evaluation import Evaluation
 from instdisc.train.metrics import NAMES
 from instdisc.train.plan import BatchPlan
-from instdisc.train.state import TrainState
+from instdisc.train.state import MIN_CHANNELS_LAST_ON_CPU, TrainState, has_bfloat16, use_channels_last
 from instdisc.train.tensorboard import EventWriter, log_z_advice
 
 _BATCH_IMAGES = 64
@@ -66,14 +66,35 @@ class Monitor:
         checkpoint_bytes = 8 * parameters + self._num_rows * (bank.dim * bank.rows.element_size() + 4)
         lines = [
             f"{self._num_rows:,} images, {self._num_steps:,} steps of {plan.global_batch} images "
-            f"({self._num_rows / plan.global_batch:.1f} an epoch), BatchNorm over groups of {plan.norm_group}",
-            f"{max(1, worker.world_size)} worker(s) on {worker.device.type}, {worker.num_threads} thread(s) each for "
-            "torch and data together",
+            f"({self._num_rows / plan.global_batch:.1f} an epoch)",
+            f"BatchNorm over groups of {plan.norm_group} images: alike on 1 to {plan.num_groups} workers",
+            f"{max(1, worker.world_size)} worker(s) on {worker.device.type} in {self._config.system.precision}, "
+            f"{worker.num_threads} thread(s) each for torch and data together",
             f"encoder {parameters / 1e6:.2f} M parameters, memory bank {_readable(bank_bytes)} a worker, "
             f"checkpoint about {_readable(checkpoint_bytes)}",
         ]
         for line in lines:
             worker.emit({"kind": "message", "text": line, "keep": True})
+        self._warn_of_the_device()
+
+    def _warn_of_the_device(self) -> None:
+        """Tell where this device does not do what the configuration says, or does it slowly."""
+        system, device = self._config.system, self._worker.device
+        if system.precision == "bfloat16" and device.type == "cuda" and not has_bfloat16(device):
+            self.warn("this GPU has no units for bfloat16 and emulates it, slower than float32 (system.precision)")
+        if system.precision == "float32" and has_bfloat16(device):
+            self._worker.emit(
+                {
+                    "kind": "message",
+                    "text": "this GPU has bfloat16, and the run computes in float32 to its end (system.precision)",
+                    "keep": True,
+                }
+            )
+        if system.channels_last == "on" and not use_channels_last(self._config, device):
+            self.warn(
+                f"system.channels_last=on has no effect on a processor for a net of fewer than "
+                f"{MIN_CHANNELS_LAST_ON_CPU} channels (model.width): torch's backward pass corrupts memory there"
+            )
 
     def start(self, step: int) -> None:
         """Start the clocks: the first step is about to begin."""

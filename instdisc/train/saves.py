@@ -16,7 +16,7 @@ from cluster.phase import Phase, enter
 from cluster.starts import about_workers
 from cluster.worker import Worker
 from instdisc import __version__
-from instdisc.config import TrainConfig, lasting_digest
+from instdisc.config import TrainConfig, lasting_digest, undecided_digest
 from instdisc.config_sections import METRICS
 from instdisc.runs import Run
 from instdisc.train.cadence import Cadence
@@ -37,6 +37,7 @@ class Saves:
             incremental=config.checkpoint.incremental,
             rows_per_step=config.optim.global_batch,
             digests={"configuration": lasting_digest(config), "images": dataset_digest},
+            older_digests={"configuration": undecided_digest(config)},
             versions={"instdisc": __version__},
         )
         self._cadence = Cadence(config.checkpoint)

@@ -186,9 +186,25 @@ def use_channels_last(config: TrainConfig, device: torch.device) -> bool:
     return wanted == "on" or (wanted == "auto" and device.type == "cuda")
 
 
+def decide_precision(worker: Worker, config: TrainConfig) -> TrainConfig:
+    """Return the configuration with the precision that "auto" comes to on these workers. Collective.
+
+    bfloat16 where all of them compute in it. The run keeps it: what it computes must not depend on where it goes on.
+    """
+    if config.system.precision != "auto":
+        return config
+    all_have_it = all(worker.all_gather_object(has_bfloat16(worker.device)))
+    return config.with_overrides({"system.precision": "bfloat16" if all_have_it else "float32"})
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device is a GPU with units for bfloat16. Older ones (before sm_80) emulate it, slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     """Return the dtype that the encoder computes in under autocast, None for float32 throughout."""
     wanted = config.system.precision
-    if wanted == "bfloat16" or (wanted == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+    if wanted == "bfloat16" or (wanted == "auto" and has_bfloat16(device)):
         return torch.bfloat16
     return None

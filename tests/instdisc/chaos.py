@@ -156,6 +156,7 @@ class Chaos:
             *("--run", self.uri, "--workers", f"1..{WORKERS}", "--checkpoint.every_steps", str(EVERY)),
             *("--checkpoint.every_minutes", "none", "--checkpoint.overlap", "wait", "--eval.every_epochs", "0"),
             *("--optim.epochs", str(self.num_steps * 128 / 4000), "--eval.baselines", "no"),
+            *("--optim.norm_group", "32"),
             *("--checkpoint.keep_every_steps", str(EVERY)),
             *("--elastic.start_settle_s", "20", "--elastic.grow_settle_s", "5", "--elastic.resize_interval_s", "15"),
         ]

@@ -29,7 +29,7 @@ from instdisc.runs import Run, RunError
 from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
 
 TINY = [
-    *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
+    *("--data.max_rows", "none", "--model.width", "8", "--model.feature_dim", "16"),
     *("--optim.global_batch", "16", "--eval.k", "5", "--system.log_every", "1"),
 ]
 

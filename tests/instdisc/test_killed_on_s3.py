@@ -39,7 +39,8 @@ def command(root: str, kind: str, run: Path, cache: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "instdisc.cli.main", "train", "cifar10-cpu", "--run", str(run)),
         *("--launcher", "local", "--workers", "3", "--data.kind", kind, "--data.root", root),
-        *("--data.max_rows", "none", "--data.cache_dir", str(cache), "--data.cache_gb", "0.0005"),
+        *(("--data.cache_dir", str(cache), "--data.cache_gb", "0.0005") if kind == "packed" else ()),
+        *("--data.max_rows", "none"),
         *("--model.architecture", "resnet-small", "--model.width", "8", "--model.blocks", "1,1"),
         *("--model.head", "linear", "--model.feature_dim", "16", "--eval.k", "5"),
         *("--optim.global_batch", str(GLOBAL_BATCH), "--optim.norm_group", "4", "--eval.baselines", "no"),

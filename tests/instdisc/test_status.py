@@ -303,9 +303,20 @@ def test_a_store_that_is_not_there_is_a_mistake_in_what_was_asked(server, capsys
     "overrides",
     [
         {},
-        {"data.root": "/some where/images", "optim.epochs": 3.5, "checkpoint.every_minutes": None},
+        {
+            "data.root": "/some where/images",
+            "data.kind": "folder",
+            "optim.epochs": 3.5,
+            "checkpoint.every_minutes": None,
+        },
         {"augment.jitter": (0.1, 0.2, 0.3, 0.4), "objective.temperature": 0.1, "eval.baselines": False, "seed": 7},
-        {"data.root": "/x", "data.kind": "cifar10", "data.download": True, "data.cache_dir": "--odd place"},
+        {
+            "data.root": "/x",
+            "data.kind": "cifar10",
+            "data.download": True,
+            "bank.device": "mapped",
+            "bank.mapped_dir": "--odd",
+        },
     ],
 )
 def test_the_command_that_is_shown_makes_the_configuration_that_the_run_has(name, overrides):

@@ -50,9 +50,8 @@ def config_for(
             "model.feature_dim": 16,
             "objective.name": objective,
             "objective.temperature": 0.1,
-            "objective.num_negatives": 150,
-            "objective.z": "ema",
-            "objective.proximal_weight": 0.1,
+            **({} if objective == "softmax" else {"objective.num_negatives": 150}),
+            **({"objective.z": "ema", "objective.proximal_weight": 0.1} if objective == "nce" else {}),
             "optim.epochs": steps * GLOBAL_BATCH / NUM_ROWS,
             "optim.lr": 0.01,
             # A long warm-up would leave four steps with weights that have hardly moved: nothing to compare.
