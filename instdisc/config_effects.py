@@ -45,7 +45,7 @@ _MOMENTUM = Effect("optim.momentum above 0", lambda config: config.optim.momentu
 _MAPPED = Effect("bank.device=mapped", lambda config: config.bank.device == "mapped")
 _BLOCK = Effect("data.order=block", lambda config: config.data.order == "block")
 _READ_FROM_ROOT = Effect(
-    "another data.kind than demo, whose images are made by code (auto finds out what the root holds)",
+    "another data.kind than demo, since code makes those images (auto recognises what the root holds)",
     lambda config: config.data.kind != "demo",
 )
 _FETCHED = Effect("data.kind=cifar10 or cifar100", lambda config: config.data.kind in ("cifar10", "cifar100"))

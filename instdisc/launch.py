@@ -69,11 +69,11 @@ def fit(
     place = Run(absolute(run))
     if config.data.root is not None:
         config = config.with_overrides({"data.root": absolute(config.data.root)})
+    _refuse_idle(config, place)
     done = place.result()
     if done is not None:
         _say_what_is_not_applied(config, place, on_event)
         return done
-    _refuse_idle(config, place)
     if address is None and "RAY_ADDRESS" not in os.environ and config.data.root is not None:
         from dataloading.sources import require_root
 

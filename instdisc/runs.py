@@ -226,14 +226,14 @@ class Run:
 
 
 def _with_norm_group(config: TrainConfig, workers: int) -> TrainConfig:
-    """Return the configuration with the largest normalisation group of which each worker has one.
+    """Return the configuration with the batch's share of a worker as normalisation group, or less.
 
-    No group holds a single image, which has no variance. Where the batch is too small for so many workers it has as
-    many groups as it can.
+    Each worker has a group, and no group holds a single image, which has no variance. Where the batch is too small for
+    so many workers it has as many groups as it can.
     """
     batch = config.optim.global_batch
     sizes = [size for size in range(2, batch + 1) if batch % size != 1]
-    enough = [size for size in sizes if -(-batch // size) >= workers]
+    enough = [size for size in sizes if size <= -(-batch // workers) and -(-batch // size) >= workers]
     return config.with_overrides({"optim.norm_group": max(enough, default=min(sizes))})
 
 

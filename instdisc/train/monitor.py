@@ -67,7 +67,10 @@ class Monitor:
         lines = [
             f"{self._num_rows:,} images, {self._num_steps:,} steps of {plan.global_batch} images "
             f"({self._num_rows / plan.global_batch:.1f} an epoch)",
-            f"BatchNorm over groups of {plan.norm_group} images: alike on 1 to {plan.num_groups} workers",
+            f"BatchNorm over groups of {plan.norm_group} images: the same result, up to rounding, on 1 to "
+            f"{plan.num_groups} workers"
+            if plan.num_groups > 1
+            else "BatchNorm over whole batches: on one worker",
             f"{max(1, worker.world_size)} worker(s) on {worker.device.type} in {self._config.system.precision}, "
             f"{worker.num_threads} thread(s) each for torch and data together",
             f"encoder {parameters / 1e6:.2f} M parameters, memory bank {_readable(bank_bytes)} a worker, "

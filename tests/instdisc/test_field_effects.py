@@ -18,7 +18,7 @@ from instdisc.config_sections import ConfigError, DataConfig
 from instdisc.launch import fit
 from instdisc.overrides import field_names, flatten
 from instdisc.recipes import recipe
-from instdisc.runs import Run
+from instdisc.runs import Run, RunResult
 
 PACKAGES = [Path(instdisc.__file__).parent, Path(instdisc.__file__).parent.parent / "dataloading"]
 DECLARING = {"config.py", "config_sections.py", "config_method.py", "config_elastic.py", "config_effects.py"}
@@ -120,19 +120,17 @@ def test_a_configuration_made_in_python_is_refused_before_anything_is_stored(tmp
 def test_a_run_that_was_begun_with_a_value_that_nothing_reads_goes_on(tmp_path, capsys):
     from instdisc.cli.main import main
 
-    begun = recipe("quickstart", **SMALL).with_overrides({"objective.proximal_weight": 5.0})
-    Run(str(tmp_path)).agree_on_config(begun, workers=1)
+    begun = recipe("quickstart").with_overrides({"objective.proximal_weight": 5.0})
+    run = Run(str(tmp_path / "run"))
+    run.agree_on_config(begun)
+    run.finish(RunResult(run.uri, step=1, num_steps=1, finished=True))  # nothing is left to train
     # The very configuration, the same without the value, and the command of then with it.
-    assert fit(begun, run=str(tmp_path)).finished
-    assert fit(replace(begun, objective=replace(begun.objective, proximal_weight=0.0)), run=str(tmp_path)).finished
-    command = ["train", "quickstart", "--run", str(tmp_path), "--workers", "0"]
-    command += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    assert main([*command, "--objective.proximal_weight", "5"]) == 0
-    assert main([*command[:3], str(tmp_path / "new"), *command[4:], "--objective.proximal_weight", "5"]) == 2
+    assert fit(begun, run=run.uri).finished
+    assert fit(replace(begun, objective=replace(begun.objective, proximal_weight=0.0)), run=run.uri).finished
+    command = ["train", "quickstart", "--workers", "0", "--objective.proximal_weight", "5", "--run"]
+    assert main([*command, run.uri]) == 0
+    with pytest.raises(ConfigError, match=r"objective\.z_decay"):
+        fit(begun.with_overrides({"objective.z_decay": 0.5}), run=run.uri)
+    assert main([*command, str(tmp_path / "new")]) == 2
     assert "objective.proximal_weight: found 5.0" in capsys.readouterr().err
-
-
-SMALL = {
-    "data.max_rows": 64, "data.max_test_rows": 10, "model.width": 4, "optim.global_batch": 32, "optim.epochs": 0.5,
-    "eval.every_epochs": 0, "eval.baselines": False, "eval.k": 5, "system.tensorboard": False,
-}  # fmt: skip
+    assert not (tmp_path / "new").exists()
