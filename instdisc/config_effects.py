@@ -152,6 +152,7 @@ EFFECTS: dict[str, Effect] = {
     "optim.gamma": _FALLS,
     "optim.warmup_epochs": ALWAYS,
     "optim.final_lr": _COSINE,
+    "optim.step_count": ALWAYS,
     "eval.every_epochs": ALWAYS,
     "eval.baselines": ALWAYS,
     "eval.k": ALWAYS,

@@ -81,9 +81,9 @@ def of_workers(config: TrainConfig, least: int, most: int, launcher: str) -> lis
     return found
 
 
-def keeps(config: TrainConfig, asked: TrainConfig) -> str | None:
-    """Return in one line what a run keeps from its beginning where `asked` says something else; None for nothing."""
-    values, now = flatten(config), flatten(asked)
+def keeps(config: TrainConfig, asked: TrainConfig | None = None) -> str | None:
+    """Return in one line what a run keeps from its beginning, and what of `asked` it does not take; None: nothing."""
+    values, now = flatten(config), flatten(asked or config)
     parts = []
     rules = rules_kept(config)
     if rules:

@@ -6,7 +6,9 @@ import argparse
 import json
 from typing import Any
 
+from instdisc.config import TrainConfig, rules_kept
 from instdisc.runs import NEIGHBOURS, Run, existing_run, read_curves
+from instdisc.start_advice import keeps
 from instdisc.status import train_command
 
 
@@ -44,6 +46,7 @@ def describe(run: Run) -> dict[str, Any]:
         "summary": result.summary if result else {},
         "command": train_command(config, run.uri),
         "picture": f"{run.uri.rstrip('/')}/{NEIGHBOURS}" if run.store.exists(NEIGHBOURS) else None,
+        "rules_kept": rules_kept(config),
         "config": json.loads(config.to_json()),
     }
 
@@ -62,6 +65,9 @@ def as_text(document: dict[str, Any]) -> str:
         f"  {config['model']['architecture']}, {objective['name']} τ={objective['temperature']}, global batch "
         f"{optim['global_batch']} in groups of {optim['norm_group']}, {optim['epochs']:g} epochs, lr {optim['lr']}"
     )
+    kept = keeps(TrainConfig.from_json(json.dumps(config)))
+    if kept:
+        lines.append(f"  {kept}")
     if document["picture"]:
         lines.append(f"  picture: {document['picture']}")
     if not document["finished"]:

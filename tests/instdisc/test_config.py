@@ -11,6 +11,7 @@ import pytest
 from instdisc import recipes
 from instdisc.cli.overrides import parse_overrides
 from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, flatten, resume_differences
+from instdisc.config_effects import EFFECTS
 from instdisc.config_sections import ConfigError, OptimConfig
 from instdisc.launch import absolute
 from instdisc.overrides import BEFORE, OverrideError, field_names, from_plain
@@ -38,6 +39,12 @@ def test_every_field_has_a_docstring():
             for field in dataclasses.fields(kind):
                 after = source.partition(f"\n    {field.name}: ")[2].partition("\n")[2]
                 assert after.lstrip().startswith('"""'), f"{kind.__name__}.{field.name}"
+
+
+def test_every_field_says_when_it_has_an_effect():
+    missing, gone = set(field_names(TrainConfig)) - set(EFFECTS), set(EFFECTS) - set(field_names(TrainConfig))
+    assert not missing, f"add {sorted(missing)} to EFFECTS in instdisc/config_effects.py: when are they read?"
+    assert not gone
 
 
 @pytest.mark.parametrize(

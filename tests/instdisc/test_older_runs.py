@@ -16,6 +16,7 @@ from cluster.checkpoint import Checkpointer, CheckpointError
 from cluster.store import Store
 from cluster.worker import Worker, run_local
 from instdisc import recipes
+from instdisc.cli.main import main
 from instdisc.config import (
     MAY_CHANGE_ON_RESUME,
     TrainConfig,
@@ -25,8 +26,10 @@ from instdisc.config import (
     rules_kept,
     undecided_digest,
 )
-from instdisc.overrides import BEFORE, field_names, flatten, from_plain, values_before
+from instdisc.overrides import BEFORE, field_names, from_plain, values_before
 from instdisc.recipes import left_open
+from instdisc.runs import DIGEST, Run
+from instdisc.start_advice import keeps
 
 OLDER = json.loads((Path(__file__).parent / "older_runs.json").read_text())
 
@@ -101,9 +104,26 @@ def test_a_run_names_the_rules_of_its_time_that_it_keeps():
         rule: str = field(default="new", metadata={BEFORE: "old"})
         same: str = field(default="as ever", metadata={BEFORE: "as ever"})
 
-    assert rules_kept(from_plain(Newer, OLDER["quickstart"]["config"])) == {"rule": "old"}
+    kept = rules_kept(from_plain(Newer, OLDER["quickstart"]["config"]))
+    assert kept["rule"] == "old"
+    assert "same" not in kept
+    assert kept["optim.step_count"] == "rounded"
     assert rules_kept(Newer()) == {}
-    assert flatten(Newer())["rule"] == "new"
+
+
+def test_the_rules_that_an_older_run_keeps_are_shown_in_one_line(tmp_path, capsys):
+    run = Run(str(tmp_path))
+    run.keep_config(older("quickstart"))
+    run.store.put(DIGEST, b"{}")
+    asked = recipes.recipe("quickstart")
+    told = keeps(run.agreed_config(asked), asked)
+    assert told is not None
+    assert told.startswith("this run keeps the rules of the version that it began with: ")
+    assert "optim.step_count=rounded" in told
+    assert main(["show", run.uri]) == 0
+    assert f"  {told}" in capsys.readouterr().out.splitlines()
+    assert main(["show", run.uri, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rules_kept"] == rules_kept(older("quickstart"))
 
 
 def save_then_restore(worker: Worker, uri: str, saved: str, now: str, also: str | None) -> int:
