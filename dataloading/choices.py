@@ -5,3 +5,6 @@ BACKENDS = ("auto", "memory", "nvimgcodec", "dali", "torch")
 ORDERS = ("permutation", "block")
 REMOTE_KINDS = ("auto", "folder", "packed", "webdataset")
 """Kinds that are read from a URI as well as from a folder."""
+ORIENTATIONS = ("exif", "tiff")
+DEEP_SAMPLES = ("scaled", "clipped")
+"""Rules of `dataloading.pixel_rules`."""

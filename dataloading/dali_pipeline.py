@@ -29,6 +29,7 @@ from dataloading import pillow
 from dataloading.dali_self_test import may_decode_regions
 from dataloading.device_copies import to_device
 from dataloading.encoded import Decoded, Window
+from dataloading.orientation import TURNS
 from dataloading.resize import resize_into
 
 _DEVICE_ERROR = re.compile(
@@ -109,8 +110,8 @@ class DaliDecoder:
         self._pipeline.feed_input("sizes", np.array(sizes, dtype=np.int32))
         self._pipeline.schedule_run()
 
-    def _outputs(self) -> Tensor | None:
-        """Return the pipeline's next batch, None if it failed."""
+    def _outputs(self, windows: Sequence[Window]) -> Tensor | None:
+        """Return the pipeline's next batch, which are these windows, turned; None if it failed."""
         on_gpu = self._device.type == "cuda"
         # Bound to torch's stream, DALI uses their memory again only after what torch was given to do with it.
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
@@ -121,11 +122,11 @@ class DaliDecoder:
             if is_of_the_device(str(error)):
                 raise
             return None
-        return torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
+        return _turned(torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2), windows)
 
     def _finish(self, batch: _Batch) -> None:
         if not batch.is_done:
-            batch.is_done, batch.crops = True, self._outputs()
+            batch.is_done, batch.crops = True, self._outputs(batch.windows)
 
     def _retry(self, windows: Sequence[Window], missing: Sequence[int], crops: Tensor) -> list[int]:
         """Decode the missing windows into crops, halving what fails; return those that DALI cannot do."""
@@ -136,8 +137,9 @@ class DaliDecoder:
             part = parts.pop()
             if not part:
                 continue
-            self._run([windows[m] for m in part])
-            found = self._outputs()
+            shown = [windows[m] for m in part]
+            self._run(shown)
+            found = self._outputs(shown)
             if found is not None:
                 crops.index_copy_(0, to_device(torch.tensor(part), crops.device), found)
             elif len(part) == 1:
@@ -149,7 +151,9 @@ class DaliDecoder:
     def _decode_by_pillow(self, window: Window, crop_CSS: Tensor) -> str:
         """Decode one window with Pillow; return the reason if that fails too, else an empty string."""
         try:
-            pixels_HWC = pillow.decode_part(window.encoded, window.anchor, window.size)
+            pixels_HWC = pillow.decode_part(
+                window.encoded, window.anchor, window.size, window.orientation, window.rules
+            )
         except Exception as error:  # a decoder that meets a damaged file raises nearly anything
             return f"cannot be decoded: {type(error).__name__}: {error}"
         resized_CSS = torch.empty(crop_CSS.shape, dtype=torch.uint8)
@@ -202,6 +206,19 @@ def is_of_the_device(message: str) -> bool:
 def _in_batch(window: Window) -> bool:
     """Return whether a window goes through DALI together with others."""
     return window.is_plain and not window.failed_before
+
+
+def _turned(crops_BCSS: Tensor, windows: Sequence[Window]) -> Tensor:
+    """Return the crops the right way up: themselves, or where any has to be turned a copy."""
+    found = {window.orientation for window in windows} - {1}
+    crops_BCSS = crops_BCSS.clone() if found else crops_BCSS
+    for orientation in found:
+        places = [m for m, window in enumerate(windows) if window.orientation == orientation]
+        transposed, up_down, left_right = TURNS[orientation]
+        part = crops_BCSS[places]
+        part = part.transpose(2, 3) if transposed else part
+        crops_BCSS[places] = part.flip([2] * up_down + [3] * left_right)
+    return crops_BCSS
 
 
 @cache

@@ -22,6 +22,8 @@ from dataloading import pillow
 from dataloading.damaged import DamagedRows
 from dataloading.device_copies import to_device
 from dataloading.io_threads import IoThreads
+from dataloading.orientation import stored_window
+from dataloading.pixel_rules import PixelRules
 from dataloading.plan import Plan, Planner
 
 if TYPE_CHECKING:
@@ -37,14 +39,17 @@ class Window:
 
     encoded: bytes
     anchor: tuple[int, int]
-    """Top and left, in pixels."""
+    """Top and left, in pixels of the image as it is stored."""
     size: tuple[int, int]
-    """Height and width, in pixels."""
+    """Height and width, as it is stored."""
     is_plain: bool = False
     """Fast decoders may see it: `pillow.is_plain`."""
     failed_before: bool = False
     """A decoder that fails as a whole batch does this image by itself."""
     reason: str = ""
+    orientation: int = 1
+    """How what was decoded is turned: EXIF's numbers, `orientation.TURNS`."""
+    rules: PixelRules | None = None
 
 
 @dataclass(frozen=True)
@@ -143,14 +148,14 @@ class EncodedCrops:
         the image. Called in threads."""
         try:
             encoded = self._read(row)
-            header = pillow.read_header(encoded)
+            header = pillow.read_header(encoded, self._index.rules)
         except ValueError as error:
             return _Read(row, reason=str(error))
         listed = (int(self._index.heights_N[row]), int(self._index.widths_N[row]))
         if (header.height, header.width) != listed:
             found = f"{header.width} x {header.height} pixels, the index says {listed[1]} x {listed[0]}"
             return _Read(row, reason=f"changed since it was indexed: {found}")
-        return _Read(row, encoded, pillow.is_plain(encoded, header.format), self._damaged.is_recorded(row))
+        return _Read(row, encoded, self._damaged.is_recorded(row), header=header, rules=self._index.rules)
 
     def _submit(self, plan: Plan, read: list[_Read]) -> None:
         of_row = {one.row: one for one in read}
@@ -194,10 +199,23 @@ class _Read:
 
     row: int
     encoded: bytes = b""
-    is_plain: bool = False
     failed_before: bool = False
     reason: str = ""
+    header: pillow.Header | None = None
+    rules: PixelRules | None = None
 
     def window(self, plan: Plan, window: int) -> Window:
         (top, left), (height, width) = plan.anchors_M2[window].tolist(), plan.sizes_M2[window].tolist()
-        return Window(self.encoded, (top, left), (height, width), self.is_plain, self.failed_before, self.reason)
+        if self.header is None:
+            return Window(b"", (top, left), (height, width), reason=self.reason)
+        header = self.header
+        anchor, size = stored_window((top, left), (height, width), (header.height, header.width), header.orientation)
+        return Window(
+            self.encoded,
+            anchor,
+            size,
+            header.is_plain,
+            self.failed_before,
+            orientation=header.orientation,
+            rules=self.rules,
+        )

@@ -18,11 +18,12 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.headers import EXTENSIONS, Progress, all_small
+from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, list_digest, require_same
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
+from dataloading.pixel_rules import PixelRules
 from dataloading.read_errors import advised
-from dataloading.scanned import scan_dataset
+from dataloading.scanned import holds, scan_dataset
 
 _CHUNK = 64
 
@@ -52,15 +53,22 @@ def open_folder(
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
+    rules: PixelRules | None = None,
 ) -> Dataset:
     """Return the images of a folder. Arguments and errors as `dataloading.sources.open_dataset`."""
     listed, read = list_folder(root, split, max_rows=max_rows)
     require_same(read.base, index, listed)
-    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+    if index is not None and holds(index, rules):
         return Dataset(index, None, read)
     chunks = (list(read.names[row : row + _CHUNK]) for row in range(0, len(read.names), _CHUNK))
     return scan_dataset(
-        listed, read, chunks, lambda name: _open(read.base / name), where=str(read.base), on_progress=on_progress
+        listed,
+        read,
+        chunks,
+        lambda name: _open(read.base / name),
+        where=str(read.base),
+        on_progress=on_progress,
+        rules=rules,
     )
 
 

@@ -34,7 +34,10 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
+from dataloading import jpeg, samples
 from dataloading.io_threads import IoThreads
+from dataloading.orientation import orientation_of, tail_of, turned, turned_size
+from dataloading.pixel_rules import PixelRules
 from dataloading.read_errors import WatchedFile
 
 Item = TypeVar("Item")
@@ -71,6 +74,10 @@ class Scan:
 
 class BadHeader(ValueError):
     """A header that says something impossible."""
+
+
+REFUSALS = (BadHeader, samples.NoRange, jpeg.TooManyScans)
+"""What is raised here with a reason for people, before anything is decoded."""
 
 
 class _Look(NamedTuple):
@@ -137,12 +144,14 @@ def scan(
     *,
     on_progress: Progress | None = None,
     num_threads: int | None = None,
+    rules: PixelRules | None = None,
 ) -> Scan:
     """Read the header of every image, and the pixels of small images of one size.
 
     chunks: the images in order, in groups that one thread reads; few groups are alive at a time.
     open_item opens one image, in a thread; a ValueError that it raises is the reason why the image is bad.
     on_progress(done, total) is called at the start and after each group. num_threads: default twice the usable cores.
+    rules: the present ones where None.
 
     Raises OSError where an image cannot be read.
     """
@@ -150,14 +159,16 @@ def scan(
     heights_N = np.zeros(num_rows, dtype=np.int32)
     widths_N = np.zeros(num_rows, dtype=np.int32)
     reasons: dict[int, str] = {}
-    num_threads = num_threads or 2 * len(os.sched_getaffinity(0))
+    num_threads, shown = num_threads or 2 * len(os.sched_getaffinity(0)), rules or PixelRules()
     row = 0
     if on_progress:
         on_progress(0, num_rows)
     # The filters are global, so threads must not touch them: they are set once, around all of them.
     with warnings.catch_warnings(), closing(IoThreads(num_threads, "look-at-images")) as threads:
         warnings.simplefilter("ignore")
-        for looks in _map_in_order(threads, lambda chunk: _look_at(chunk, open_item, small), chunks, num_threads):
+        for looks in _map_in_order(
+            threads, lambda chunk: _look_at(chunk, open_item, small, shown), chunks, num_threads
+        ):
             for look in looks:
                 heights_N[row], widths_N[row] = look.height, look.width
                 if look.reason:
@@ -173,7 +184,9 @@ def scan(
     return Scan(heights_N, widths_N, reasons, small.pixels_NHWC)
 
 
-def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small: _Small) -> list[_Look]:
+def _look_at(
+    chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small: _Small, rules: PixelRules
+) -> list[_Look]:
     looks: list[_Look] = []
     for item in chunk:
         try:
@@ -184,7 +197,7 @@ def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small
         with closing(file):
             try:
                 with Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
-                    look = _look(image, small)
+                    look = _look(image, file, small, rules)
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
                 look = _Look(reason=reason(error))
         if file.failure is not None:
@@ -193,17 +206,33 @@ def _look_at(chunk: Sequence[Item], open_item: Callable[[Item], BinaryIO], small
     return looks
 
 
-def _look(image: Image.Image, small: _Small) -> _Look:
-    width, height = image.size
-    check_size(height, width)
+def _look(image: Image.Image, file: WatchedFile, small: _Small, rules: PixelRules) -> _Look:
+    height, width = checked_size(image, rules, tail_of(image, file))
     if not small.accepts(height, width):
         return _Look(height, width)
     try:
-        pixels_HWC = decode(image)
+        if image.format in jpeg.FORMATS:
+            place = file.tell()
+            file.seek(0)
+            jpeg.check_scans(file.read(), height, width)
+            file.seek(place)
+        pixels_HWC = decode(image, rules)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
     except Exception as error:  # as above
         return _Look(height, width, decode_reason=reason(error))
     return _Look(height, width, pixels_HWC=pixels_HWC)
+
+
+def checked_size(image: Image.Image, rules: PixelRules, tail: bytes = b"") -> tuple[int, int]:
+    """Return height and width of an opened image, turned where the rules say so.
+
+    tail: as for `orientation_of`. Raises ValueError for a size or for samples that cannot be.
+    """
+    check_size(image.height, image.width)
+    if rules.deep_samples == "scaled":
+        samples.check_samples(image)
+    orientation = orientation_of(image, tail) if rules.orientation == "exif" else 1
+    return turned_size(image.height, image.width, orientation)
 
 
 def check_size(height: int, width: int) -> None:
@@ -218,15 +247,32 @@ def reason(error: Exception) -> str:
     """Return why an image is bad in one line, the same one for the same bytes."""
     if isinstance(error, UnidentifiedImageError):
         return "no image in a known format"  # Pillow's text has an address in memory
-    return (str(error) if isinstance(error, BadHeader) else f"{type(error).__name__}: {error}")[:200]
+    is_ours = isinstance(error, REFUSALS)
+    return (str(error) if is_ours else f"{type(error).__name__}: {error}")[:200]
 
 
-def decode(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of an opened image, uint8 (H, W, 3), without EXIF rotation. Raises what Pillow raises."""
-    if image.mode.startswith("I;16"):
-        # Pillow's conversion clips 16 bits at 255; keeping the high byte is what other decoders do.
-        grey_HW = (np.asarray(image) >> 8).astype(np.uint8)
+def decode(image: Image.Image, rules: PixelRules | None = None) -> NDArray[np.uint8]:
+    """Return the pixels of an opened image, uint8 (H, W, 3), by the rules (None: the present ones).
+
+    Raises what Pillow raises, and ValueError for samples that cannot be scaled.
+    """
+    rules = rules or PixelRules()
+    pixels_HWC = decode_stored(image, rules)
+    # Asked for after decoding: by then what stands behind a PNG's pixels was read too.
+    return turned(pixels_HWC, orientation_of(image)) if rules.orientation == "exif" else pixels_HWC
+
+
+def decode_stored(image: Image.Image, rules: PixelRules) -> NDArray[np.uint8]:
+    """Return the pixels as the file has them, not turned. The rest as `decode`."""
+    if rules.deep_samples == "scaled":
+        samples.check_samples(image)
+        grey_HW = samples.scaled(image) if samples.is_deep(image) else None
+    else:
+        grey_HW = (np.asarray(image) >> 8).astype(np.uint8) if image.mode.startswith("I;16") else None
+    if grey_HW is not None:
         return np.repeat(grey_HW[:, :, None], 3, axis=2)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # as Pillow asks for in a warning: palettes may have transparency
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 

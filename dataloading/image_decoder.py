@@ -18,11 +18,12 @@ from torch import Tensor
 from dataloading import pillow
 from dataloading.device_copies import host_memory, to_device
 from dataloading.encoded import Decoded, Window
+from dataloading.orientation import turned
 from dataloading.resize import resize_into
 from dataloading.threads import Buffers, single_threaded_pool
 
 DecodePart = Callable[[Window], Tensor | None]
-"""Returns the pixels of a window, uint8 (height, width, C), or None if it cannot. Called in threads."""
+"""Returns the pixels of a window as it is stored, uint8 (height, width, C), or None if it cannot. Called in threads."""
 _TOGETHER = 4
 """Windows that a thread takes at once."""
 
@@ -71,9 +72,13 @@ class ImageDecoder:
 
     def _decode_one(self, window: Window, crop_CSS: Tensor) -> str:
         pixels_HWC = self._fast(window) if self._fast and window.is_plain else None
+        if pixels_HWC is not None and window.orientation != 1:
+            pixels_HWC = torch.from_numpy(turned(pixels_HWC.numpy(), window.orientation))
         if pixels_HWC is None:
             try:
-                pixels_HWC = pillow.decode_part(window.encoded, window.anchor, window.size)
+                pixels_HWC = pillow.decode_part(
+                    window.encoded, window.anchor, window.size, window.orientation, window.rules
+                )
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
                 return f"cannot be decoded: {type(error).__name__}: {error}"
         resize_into(pixels_HWC, crop_CSS)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataloading.difference import describe_difference
+from dataloading.pixel_rules import PixelRules
 
 _FORMAT = "instdisc dataset index 1"
 CHECKSUM_BYTES = 16
@@ -90,7 +91,7 @@ class DatasetIndex:
     names: Sequence[str]
     """Per row: the path under the data root, or the file and the number within it."""
     heights_N: NDArray[np.int32]
-    """As the header says, before any EXIF rotation; 0 where the header is unreadable."""
+    """Of the image as `rules` show it; 0 where the header is unreadable."""
     widths_N: NDArray[np.int32]
     labels_N: NDArray[np.int64] | None
     """For evaluation only, never used in training; None where not every image has one."""
@@ -105,6 +106,8 @@ class DatasetIndex:
     """Size of each encoded image (of its pixels, for a source in memory); None where it was not looked at."""
     files: dict[str, int] = field(default_factory=dict)
     """Byte sizes of the files that hold many images (parquet); empty for other kinds."""
+    rules: PixelRules = field(default_factory=PixelRules)
+    """How pixels are made of the images' bytes, which decides sizes and what is bad."""
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +139,7 @@ class DatasetIndex:
             "digest": self.digest,
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
             "files": self.files,
+            "pixels": asdict(self.rules),
         }
         table = pa.table(columns, names=list(_COLUMNS)).replace_schema_metadata({"index": json.dumps(about)})
         unfinished = Path(f"{path}.{os.getpid()}.tmp")
@@ -166,6 +170,7 @@ class DatasetIndex:
             reasons={int(row): reason for row, reason in about["reasons"].items()},
             num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
             files=about["files"],
+            rules=PixelRules.stated(about.get("pixels")),
         )
 
 

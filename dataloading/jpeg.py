@@ -13,6 +13,8 @@ _BASELINE, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BETWEEN_SCANS = frozenset({0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 """Huffman tables, restart intervals, comments and application data."""
+FORMATS = ("JPEG", "MPO")
+"""Pillow's names of JPEG files of one picture and of several."""
 MAX_SCAN_PIXELS = 1_500_000_000
 """Most pixels of all scans of a file together, which take a second or two; a progressive image has some ten scans."""
 _LEAST_PIXELS = 4096
@@ -20,13 +22,22 @@ _LEAST_PIXELS = 4096
 _MAX_SCANS = 1000
 
 
-def num_scans(encoded: bytes) -> int:
-    """Return how many scans a JPEG file has at most (previews in it count): their marker stands nowhere else."""
-    return encoded.count(b"\xff\xda")
+class TooManyScans(ValueError):
+    """More scans than anybody writes, each of which goes over all pixels."""
+
+
+def check_scans(encoded: bytes, height: int, width: int) -> None:
+    """Raise TooManyScans for a JPEG file, whole or not, that would take seconds or hours to decode."""
+    num_scans = encoded.count(b"\xff\xda")  # no data hold this marker; those of previews count too
+    if is_too_much_work(num_scans, height, width):
+        raise TooManyScans(
+            f"decompression bomb: {num_scans:,} scans of {height * width:,} pixels, expected at most "
+            f"{MAX_SCAN_PIXELS:,} pixels in all scans"
+        )
 
 
 def is_too_much_work(num_scans: int, height: int, width: int) -> bool:
-    """Return whether the scans of an image would take longer to decode than any image that somebody wanted to keep."""
+    """Return whether scans are more work than those of any image that somebody wants to keep."""
     return num_scans * max(_LEAST_PIXELS, height * width) > MAX_SCAN_PIXELS
 
 

@@ -29,7 +29,7 @@ _of_thread = threading.local()
 
 
 def decode_part(window: Window) -> Tensor | None:
-    """Return the pixels of a window, uint8 (height, width, 3), without EXIF rotation; None if that fails.
+    """Return the pixels of a window, uint8 (height, width, 3), as it is stored; None if that fails.
 
     The pixels lie in memory of this thread that its next call writes to. Every thread has a decoder of its own: in
     version 0.9 one that is shared by threads loses answers and corrupts memory.

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.folder import choose_split, file_index
-from dataloading.headers import EXTENSIONS, Progress, all_small
+from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, require_same
 from dataloading.listing import SPLIT_NAMES, is_listed
 from dataloading.packed import require_storage
-from dataloading.scanned import scan_dataset
+from dataloading.pixel_rules import PixelRules
+from dataloading.scanned import holds, scan_dataset
 from dataloading.storage import Objects, Storage
 
 _HEADER_BYTES = 64 << 10
@@ -52,12 +53,13 @@ def open_objects(
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
+    rules: PixelRules | None = None,
     storage: Storage | None = None,
 ) -> Dataset:
     """Return loose images. Arguments and errors as `dataloading.sources.open_dataset`."""
     listed, read = list_objects(root, split, max_rows=max_rows, storage=storage)
     require_same(root, index, listed)
-    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+    if index is not None and holds(index, rules):
         return Dataset(index, None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
@@ -69,6 +71,7 @@ def open_objects(
         where=root,
         on_progress=on_progress,
         num_threads=_SCAN_THREADS,
+        rules=rules,
     )
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, list_digest
 from dataloading.pack_unit import PackTask, UnitReport, labels_of, pack_unit, report_key
 from dataloading.philox import Purpose, words
+from dataloading.pixel_rules import BEFORE_RULES, PixelRules
 from dataloading.shards import DAMAGED, MANIFEST, PLAN, REPORTS, Shard, ShardManifest, fingerprint_of, load_manifest
 from dataloading.sources import SourceImages
 from dataloading.storage import Objects, ParallelMap
@@ -61,20 +62,22 @@ def pack(
     shard_mb: float = 64.0,
     shuffle: bool = True,
     keep_bad: bool = False,
+    rules: PixelRules | None = None,
     on_progress: OnPacked | None = None,
 ) -> PackReport:
     """Pack images (`dataloading.sources.list_images`) below `target`, or go on with what was interrupted.
 
     shard_mb: size of a shard in 10^6 bytes.
     shuffle: whether shards hold the images in a random order; else in the source's. keep_bad: pack damaged images as
-    well, marked as such, so that row numbers and digest are the source's. on_progress(images done, all images, bytes
+    well, marked as such, so that row numbers and digest are the source's. rules: how their pixels are made, stated in
+    the manifest; None: the present ones. on_progress(images done, all images, bytes
     written) counts what earlier calls did.
 
     Raises DatasetError where `target` holds other packed images, or where no image is good.
     """
     if not SHARD_MB[0] <= shard_mb <= SHARD_MB[1]:
         raise DatasetError(f"size of a shard: found {shard_mb:g} MB, expected {SHARD_MB[0]:g} to {SHARD_MB[1]:g}")
-    plan = _Plan(images, target, split, shard_mb, shuffle, keep_bad)
+    plan = _Plan(images, target, split, shard_mb, shuffle, keep_bad, rules or PixelRules())
     if (done := plan.packed_already()) is not None:
         return done
     plan.begin()
@@ -102,13 +105,16 @@ class _Plan:
         shard_mb: float,
         shuffle: bool,
         keep_bad: bool,
+        rules: PixelRules,
     ) -> None:
         self.images, self.target, self.folder = images, target, f"{split}/"
-        self.keep_bad = keep_bad
+        self.keep_bad, self.rules = keep_bad, rules
         index = images.index
+        # What was packed before there were rules keeps its name.
+        stated = "" if rules == BEFORE_RULES else json.dumps(asdict(rules))
         self.name = fingerprint_of(
             index.digest.encode() or json.dumps(index.files).encode(),
-            f"{index.num_rows} {shard_mb} {shuffle} {keep_bad} {images.digest_of}".encode(),
+            f"{index.num_rows} {shard_mb} {shuffle} {keep_bad} {images.digest_of}{stated}".encode(),
             b"" if index.labels_N is None else index.labels_N.astype("<i8").tobytes(),
         )
         self.row_of_place_N = np.arange(index.num_rows)
@@ -128,6 +134,7 @@ class _Plan:
             target=self.target,
             folder=self.folder,
             keep_bad=self.keep_bad,
+            rules=self.rules,
         )
 
     def packed_already(self) -> PackReport | None:
@@ -141,8 +148,8 @@ class _Plan:
         if not manifest.fingerprint.startswith(self.name[:16]):
             raise DatasetError(
                 f"{self.target.uri}/{key} is already there, packed from {manifest.index.source} "
-                f"({manifest.index.num_rows:,} images) or with other options; choose another place, or remove "
-                "that folder"
+                f"({manifest.index.num_rows:,} images) by {manifest.index.rules}, or with other options; choose "
+                "another place, or remove that folder"
             )
         return _report_of(manifest, self._read_damaged(), was_packed=True)
 
@@ -169,7 +176,7 @@ class _Plan:
 
     def finish(self) -> PackReport:
         """Write the manifest from the reports, and remove those."""
-        packed = _Packed(self.images.index)
+        packed = _Packed(self.images.index, self.rules)
         for unit, rows in enumerate(self.units):
             report = self._read_report(unit)
             if report is None or len(report.images) != len(rows):
@@ -233,9 +240,10 @@ class _Plan:
 class _Packed:
     """Collects what became of every image of the source."""
 
-    def __init__(self, index: DatasetIndex) -> None:
+    def __init__(self, index: DatasetIndex, rules: PixelRules) -> None:
         num = index.num_rows
-        self._index = index
+        self._index, self._rules = index, rules
+        self._depending = dict.fromkeys(asdict(rules), 0)
         self._shards: list[Shard] = []
         self._heights_N, self._widths_N, self._shard_N = (np.zeros(num, dtype=np.int32) for _ in range(3))
         self._length_N, self._offset_N = np.zeros(num, dtype=np.int64), np.full(num, -1, dtype=np.int64)
@@ -253,6 +261,8 @@ class _Packed:
                 self._checksum_N[row] = np.void(base64.b64decode(image.checksum))
             if image.reason:
                 self._reasons[row] = image.reason
+            for name in image.depends_on:
+                self._depending[name] += 1
         self._places.append(rows[self._offset_N[rows] >= 0])
 
     def manifest(self, plan: str, digest_of: str) -> tuple[ShardManifest, dict[str, str]]:
@@ -290,6 +300,7 @@ class _Packed:
             digest=digest,
             reasons=reasons,
             num_bytes_N=sizes_K,
+            rules=self._rules,
         )
         is_in_order = bool((row_of_place_K == np.arange(len(kept_K))).all())
         pieces = json.dumps([shard.pieces for shard in self._shards]).encode()
@@ -303,6 +314,7 @@ class _Packed:
             row_of_place_N=None if is_in_order else row_of_place_K,
             digest_of=digest_of,
             fingerprint=plan[:16] + fingerprint_of(digest.encode(), pieces)[:16],
+            depending=self._depending,
         ), damaged
 
 

@@ -13,14 +13,16 @@ import json
 import tarfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from dataloading import headers
+from dataloading import headers, pillow, samples
 from dataloading.index import Reader, image_checksum
+from dataloading.orientation import TAIL_BYTES, orientation_of
+from dataloading.pixel_rules import PixelRules
 from dataloading.shards import PIECE_BYTES, REPORTS, Shard
 from dataloading.storage import Objects
 
@@ -39,6 +41,7 @@ class PackTask:
     target: Objects
     folder: str
     keep_bad: bool
+    rules: PixelRules
 
     @property
     def shard_name(self) -> str:
@@ -62,6 +65,8 @@ class PackedImage:
     """Base64."""
     reason: str = ""
     """Why it is damaged; empty where it is not."""
+    depends_on: tuple[str, ...] = ()
+    """Fields of the pixel rules with other values of which it would have another size, other pixels or damage."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ class UnitReport:
         """Read a report. Raises ValueError, KeyError or TypeError for anything else."""
         document: dict[str, Any] = json.loads(text)
         shard = Shard(**{**document["shard"], "pieces": tuple(document["shard"]["pieces"])})
-        images = tuple(PackedImage(**image) for image in document["images"])
+        images = tuple(
+            PackedImage(**{**image, "depends_on": tuple(image["depends_on"])}) for image in document["images"]
+        )
         return cls(int(document["number"]), str(document["plan"]), shard, images)
 
 
@@ -104,7 +111,7 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
             except ValueError as error:
                 encoded, looked = b"", PackedImage(reason=f"cannot be read: {error}"[:200])
             else:
-                looked = look_at(encoded)
+                looked = look_at(encoded, task.rules)
             if looked.reason and not task.keep_bad:
                 images.append(looked)
                 continue
@@ -112,7 +119,7 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
             if task.labels is not None:
                 _add(tar, buffer, f"{sample}.cls", str(task.labels[number]).encode())
             checksum = base64.b64encode(image_checksum(encoded)).decode()
-            images.append(PackedImage(looked.height, looked.width, len(encoded), offset, checksum, looked.reason))
+            images.append(replace(looked, length=len(encoded), offset=offset, checksum=checksum))
     data = buffer.getbuffer()
     num_rows = sum(image.offset >= 0 for image in images)
     pieces = tuple(image_checksum(data[i : i + PIECE_BYTES]).hex() for i in range(0, len(data), PIECE_BYTES))
@@ -123,21 +130,28 @@ def pack_unit(task: PackTask) -> tuple[int, int, int]:
     return task.number, len(task.names), len(data)
 
 
-def look_at(encoded: bytes) -> PackedImage:
-    """Return an image's size after decoding it in full, or the reason why it is damaged."""
+def look_at(encoded: bytes, rules: PixelRules | None = None) -> PackedImage:
+    """Return an image's size after decoding it in full by the rules (None: the present ones), or why it is damaged."""
     height = width = 0
+    depends_on: tuple[str, ...] = ()
     try:
         # Filters are global, but this process has one thread.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(encoded), formats=headers.FORMATS) as image:
-                width, height = image.size
-                headers.check_size(height, width)
-                pixels_HWC = headers.decode(image)
+                depends_on = _depends_on(image, encoded)
+                height, width = headers.checked_size(image, rules or PixelRules(), encoded[-TAIL_BYTES:])
+            pixels_HWC = pillow.decode(encoded, rules)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
     except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-        return PackedImage(height, width, len(encoded), reason=headers.reason(error))
-    return PackedImage(height, width, len(encoded))
+        return PackedImage(height, width, len(encoded), reason=headers.reason(error), depends_on=depends_on)
+    return PackedImage(height, width, len(encoded), depends_on=depends_on)
+
+
+def _depends_on(image: Image.Image, encoded: bytes) -> tuple[str, ...]:
+    turned = orientation_of(image, encoded[-TAIL_BYTES:]) != 1
+    deep = samples.depends_on_rules(image)
+    return ("orientation",) * turned + ("deep_samples",) * deep
 
 
 def sample_names(names: Sequence[str]) -> list[str]:

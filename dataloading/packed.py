@@ -17,6 +17,7 @@ from dataloading.cache import Fetched
 from dataloading.headers import BadHeader, Progress, all_small, scan
 from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, image_checksum, require_same
 from dataloading.listing import SPLIT_NAMES, check_links, contents, existing_root
+from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
 from dataloading.shards import MANIFEST, PIECE_BYTES, PLAN, ShardManifest, fingerprint_of, load_manifest
 from dataloading.storage import Objects, Storage, is_remote, local_path
@@ -36,16 +37,19 @@ def open_packed(
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
     storage: Storage | None = None,
+    rules: PixelRules | None = None,
 ) -> Dataset:
     """Return packed images. Arguments and errors as `dataloading.sources.open_dataset`."""
     manifest, source = open_manifest(root, split, storage)
-    manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
+    manifest = manifest.first_rows(max_rows or manifest.index.num_rows).under(str(root), rules)
     require_same(str(root), index, manifest.index)
     reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
     found = manifest.index
     if not all_small(found.heights_N, found.widths_N, found.bad_N):
         return Dataset(found, None, reader, manifest.layout)
-    scanned = scan(_in_row_order(manifest, source), found.num_rows, _open_checked, on_progress=on_progress)
+    scanned = scan(
+        _in_row_order(manifest, source), found.num_rows, _open_checked, on_progress=on_progress, rules=found.rules
+    )
     if scanned.pixels_NHWC is None:
         return Dataset(found, None, reader, manifest.layout)
     marked = replace(found, bad_N=found.bad_N | scanned.bad_N, reasons=scanned.reasons | found.reasons)

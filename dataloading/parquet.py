@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dataloading.headers import Progress, all_small
+from dataloading.headers import Progress
 from dataloading.index import (
     MAX_CLASSES,
     Dataset,
@@ -36,7 +36,8 @@ from dataloading.index import (
 )
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
 from dataloading.parquet_reader import ParquetReader
-from dataloading.scanned import scan_dataset
+from dataloading.pixel_rules import PixelRules
+from dataloading.scanned import holds, scan_dataset
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
@@ -69,13 +70,14 @@ def open_parquet(
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
+    rules: PixelRules | None = None,
 ) -> Dataset:
     """Return the images of parquet files. Arguments and errors as `dataloading.sources.open_dataset`."""
     files, listed, reader = _list(root, split, max_rows)
     require_same(files.where, index, listed)
-    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+    if index is not None and holds(index, rules):
         return Dataset(index, None, reader)
-    dataset = _scan(files, listed, reader, on_progress)
+    dataset = _scan(files, listed, reader, on_progress, rules)
     require_same(files.where, index, dataset.index)
     return dataset
 
@@ -222,7 +224,13 @@ def _labels(files: _Files, num_rows: int) -> NDArray[np.int64] | None:
     return labels_N
 
 
-def _scan(files: _Files, listed: DatasetIndex, reader: ParquetReader, on_progress: Progress | None) -> Dataset:
+def _scan(
+    files: _Files,
+    listed: DatasetIndex,
+    reader: ParquetReader,
+    on_progress: Progress | None,
+    rules: PixelRules | None,
+) -> Dataset:
     content = hashlib.sha256()
     sizes: list[int] = []
 
@@ -233,7 +241,9 @@ def _scan(files: _Files, listed: DatasetIndex, reader: ParquetReader, on_progres
                 content.update(image_checksum(image or b""))
             yield images
 
-    dataset = scan_dataset(listed, reader, chunks(), _open_bytes, where=files.where, on_progress=on_progress)
+    dataset = scan_dataset(
+        listed, reader, chunks(), _open_bytes, where=files.where, on_progress=on_progress, rules=rules
+    )
     num_bytes_N = np.array(sizes, dtype=np.int64)
     digest = list_digest(Names.of(listed.names), num_bytes_N, content.digest())
     return replace(dataset, index=replace(dataset.index, digest=digest, num_bytes_N=num_bytes_N))

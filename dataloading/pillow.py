@@ -16,6 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dataloading import chunks, headers, jpeg
+from dataloading.orientation import TAIL_BYTES, orientation_of, turned
+from dataloading.pixel_rules import PixelRules
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,12 @@ class Header:
 
     format: str
     height: int
+    """Of the image the right way up, as `width` is, where the rules have it turned."""
     width: int
+    orientation: int = 1
+    """How stored pixels are to be turned (EXIF's numbers); 1 where they are not."""
+    is_plain: bool = False
+    """Fast decoders may see it: `is_plain`."""
 
 
 @cache
@@ -34,18 +41,28 @@ def _formats() -> tuple[str, ...]:
     return (*headers.FORMATS, *(name for name in ("GIF", "AVIF") if name in Image.OPEN))
 
 
-def read_header(encoded: bytes) -> Header:
-    """Return what the header says. Raises ValueError with a reason for people if it is unreadable or too large."""
+def read_header(encoded: bytes, rules: PixelRules | None = None) -> Header:
+    """Return what the header says, by the rules (None: the present ones).
+
+    Raises ValueError with a reason for people if it is unreadable, or says what cannot be decoded.
+    """
+    rules = rules or PixelRules()
     formats = _formats()  # the first time it imports them: what fails then is no fault of the image
     try:
         with Image.open(BytesIO(encoded), formats=formats) as image:
-            header = Header(image.format or "", image.height, image.width)
+            tail = encoded[-TAIL_BYTES:] if image.format == "PNG" else b""
+            orientation = orientation_of(image, tail) if rules.orientation == "exif" else 1
+            height, width = headers.checked_size(image, rules, tail)
+            shown = is_plain(encoded, image.format or "")
+            if image.format in jpeg.FORMATS and not shown:
+                jpeg.check_scans(encoded, height, width)
     except UnidentifiedImageError as error:
         raise ValueError(f"{len(encoded):,} bytes that are no image in a known format") from error
+    except headers.REFUSALS:
+        raise
     except Exception as error:  # a parser that meets a damaged file raises nearly anything
         raise ValueError(f"unreadable header of {len(encoded):,} bytes: {type(error).__name__}: {error}") from error
-    headers.check_size(header.height, header.width)
-    return header
+    return Header(image.format or "", height, width, orientation, shown)
 
 
 def is_plain(encoded: bytes, image_format: str) -> bool:
@@ -65,17 +82,38 @@ def is_plain(encoded: bytes, image_format: str) -> bool:
     return False
 
 
-def decode(encoded: bytes) -> NDArray[np.uint8]:
-    """Return the pixels, uint8 (H, W, C), without EXIF rotation. Raises what Pillow raises."""
-    with Image.open(BytesIO(encoded), formats=_formats()) as image:
-        # Palettes with transparency go by way of RGBA, as Pillow asks for in a warning.
-        return headers.decode(image.convert("RGBA") if image.mode == "P" else image)
+def decode(encoded: bytes, rules: PixelRules | None = None) -> NDArray[np.uint8]:
+    """Return the pixels, uint8 (H, W, C), the right way up by the rules (None: the present ones).
+
+    Raises what Pillow raises, and ValueError for what `read_header` refuses.
+    """
+    rules = rules or PixelRules()
+    pixels_HWC, orientation = _decode_stored(encoded, rules)
+    return turned(pixels_HWC, orientation) if rules.orientation == "exif" else pixels_HWC
 
 
-def decode_part(encoded: bytes, anchor: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the window (top, left), (height, width), uint8 (height, width, C). Raises what Pillow raises."""
+def decode_part(
+    encoded: bytes,
+    anchor: tuple[int, int],
+    size: tuple[int, int],
+    orientation: int = 1,
+    rules: PixelRules | None = None,
+) -> Tensor:
+    """Return a window of the stored image, turned, uint8 (height, width, C). Raises what `decode` raises.
+
+    anchor, size: top and left, height and width, before the window is turned as `orientation` says.
+    """
     (top, left), (height, width) = anchor, size
-    pixels_HWC = decode(encoded)[top : top + height, left : left + width]
+    stored_HWC, _ = _decode_stored(encoded, rules or PixelRules())
+    pixels_HWC = stored_HWC[top : top + height, left : left + width]
     if pixels_HWC.shape != (height, width, 3):
         raise ValueError(f"the window ({top}, {left}), ({height}, {width}) is not inside the image")
-    return torch.from_numpy(pixels_HWC.copy())
+    return torch.from_numpy(turned(pixels_HWC, orientation).copy())
+
+
+def _decode_stored(encoded: bytes, rules: PixelRules) -> tuple[NDArray[np.uint8], int]:
+    """Return the pixels as the file has them, uint8 (H, W, C), and its orientation."""
+    with Image.open(BytesIO(encoded), formats=_formats()) as image:
+        if image.format in jpeg.FORMATS:
+            jpeg.check_scans(encoded, image.height, image.width)
+        return headers.decode_stored(image, rules), orientation_of(image)

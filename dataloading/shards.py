@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
+from dataloading.pixel_rules import PixelRules
 
 MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
 REPORTS = ".parts"
@@ -83,6 +84,9 @@ class ShardManifest:
     """One of `DIGESTS`."""
     fingerprint: str
     """Of everything that the manifest says; names the data set in caches."""
+    depending: dict[str, int] = field(default_factory=dict)
+    """How many images depend on each of the pixel rules (by the name of its field), so that other rules would give
+    other sizes, pixels or damaged images; empty in manifests of versions before the rules."""
 
     @property
     def layout(self) -> ShardLayout:
@@ -115,6 +119,7 @@ class ShardManifest:
                 digest=list_digest(names, index.num_bytes_N[kept], content),
                 reasons={row: reason for row, reason in index.reasons.items() if row < num_rows},
                 num_bytes_N=index.num_bytes_N[kept],
+                rules=index.rules,
             ),
             shards=tuple(Shard(s.name, s.num_bytes, num, s.pieces) for s, num in zip(self.shards, rows_S, strict=True)),
             shard_N=self.shard_N[kept],
@@ -124,7 +129,28 @@ class ShardManifest:
             row_of_place_N=None if places is None else places[places < num_rows],
             digest_of=self.digest_of,
             fingerprint=self.fingerprint,
+            depending=self.depending,
         )
+
+    def under(self, where: str, rules: PixelRules | None) -> ShardManifest:
+        """Return the manifest for images that are seen by other rules than its own; None: by its own.
+
+        where: its place, for messages. Raises DatasetError where any image depends on the difference.
+        """
+        if rules is None or rules == self.index.rules:
+            return self
+        own, asked = asdict(self.index.rules), asdict(rules)
+        for name, value in own.items():
+            num_images = self.depending.get(name)
+            if asked[name] != value and num_images != 0:
+                found = "images" if num_images is None else f"{num_images:,} images"
+                option = f"--{name.replace('_', '-')}"
+                raise DatasetError(
+                    f"{where} was packed by the pixel rule {name} {value!r}, asked for {asked[name]!r}: sizes, pixels "
+                    f"or damage of {found} differ. Pack again with {option} {asked[name]}, or ask for data.{name} "
+                    f"{value!r} in a new run"
+                )
+        return replace(self, index=replace(self.index, rules=rules))
 
     def save(self, path: Path) -> None:
         """Write the manifest to a local file."""
@@ -154,6 +180,8 @@ class ShardManifest:
             "class_names": index.class_names,
             "reasons": {str(row): reason for row, reason in index.reasons.items()},
             "piece_bytes": PIECE_BYTES,
+            "pixels": asdict(index.rules),
+            "depending": self.depending,
             "shards": [asdict(shard) for shard in self.shards],
         }
         batch = pa.record_batch(columns).replace_schema_metadata({"instdisc": json.dumps(about)})
@@ -213,6 +241,7 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         digest=about["digest"],
         reasons={int(row): reason for row, reason in about["reasons"].items()},
         num_bytes_N=values["length"] if about["digest_of"] != "pixels" else heights_N.astype(np.int64) * widths_N * 3,
+        rules=PixelRules.stated(about.get("pixels")),
     )
     _check_places(shards, values)
     return ShardManifest(
@@ -225,6 +254,7 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         row_of_place_N=values.get("row_of_place"),
         digest_of=about["digest_of"],
         fingerprint=about["fingerprint"],
+        depending={str(name): int(num) for name, num in about.get("depending", {}).items()},
     )
 
 

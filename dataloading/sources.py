@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,6 +17,7 @@ from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed,
 from dataloading.objects import list_objects, open_objects
 from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage, require_whole
 from dataloading.parquet import list_parquet, open_parquet, parquet_files
+from dataloading.pixel_rules import PixelRules
 from dataloading.pixels import PixelsReader
 from dataloading.shard_reader import ShardReader
 from dataloading.shards import MANIFEST
@@ -50,6 +51,7 @@ def open_dataset(
     on_progress: Progress | None = None,
     download: bool = False,
     storage: Storage | None = None,
+    rules: PixelRules | None = None,
 ) -> Dataset:
     """Return the images of a split with fixed row numbers.
 
@@ -57,28 +59,30 @@ def open_dataset(
     files in which hubs hold them. root: the data root, a folder or a URI that `storage` opens; None only for the demo
     images. split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are
     not read again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images
-    are looked at. download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached.
+    are looked at. download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached. rules: how
+    pixels are made of the images' bytes; None: as a saved index or packed images state, else the present ones.
 
     Raises DatasetError (a ValueError) for what a person can correct, OSError where files cannot be read.
     """
     kind, root = _resolve(kind, root, split, max_rows, storage)
     rows: _Rows = {"max_rows": max_rows, "index": index}
-    if kind == "demo":
-        return _open_demo(split, max_rows, index, None if storage is None else storage.cache)
     if kind == "packed":
-        return open_packed(root, split, **rows, on_progress=on_progress, storage=storage)
+        return open_packed(root, split, **rows, on_progress=on_progress, storage=storage, rules=rules)
+    rules = rules or (PixelRules() if index is None else index.rules)
+    seen: _Seen = {**rows, "on_progress": on_progress, "rules": rules}
     if kind == "webdataset":
-        return open_webdataset(root, split, **rows, on_progress=on_progress, storage=storage)
+        return open_webdataset(root, split, **seen, storage=storage)
     if kind == "folder" and root is not None and is_remote(root):
-        return open_objects(root, split, **rows, on_progress=on_progress, storage=storage)
+        return open_objects(root, split, **seen, storage=storage)
     if kind == "folder":
-        return open_folder(root, split, **rows, on_progress=on_progress)
-    if kind == "parquet":
-        return open_parquet(root, split, **rows, on_progress=on_progress)
-    path = cifar_root(KINDS[kind], root, download=download)
-    if _is_hub_folder(path):
-        return open_parquet(root, split, **rows, on_progress=on_progress)
-    return open_cifar(KINDS[kind], path, split, **rows)
+        return open_folder(root, split, **seen)
+    if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
+        return open_parquet(root, split, **seen)
+    if kind == "demo":
+        dataset = _open_demo(split, max_rows, index, None if storage is None else storage.cache)
+    else:
+        dataset = open_cifar(KINDS[kind], cifar_root(KINDS[kind], root, download=download), split, **rows)
+    return replace(dataset, index=replace(dataset.index, rules=rules))  # pixels that are no files obey any rules
 
 
 def list_images(
@@ -123,6 +127,11 @@ def kind_of(kind: str, root: str | None, split: str, storage: Storage | None = N
 class _Rows(TypedDict):
     max_rows: int | None
     index: DatasetIndex | None
+
+
+class _Seen(_Rows):
+    on_progress: Progress | None
+    rules: PixelRules
 
 
 def _resolve(

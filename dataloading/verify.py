@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dataloading.index import Names, image_checksum, list_digest
 from dataloading.pack_unit import look_at
+from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import CutShortError, ShardBytes, in_pieces
 from dataloading.shards import PIECE_BYTES, Shard, ShardManifest
 from dataloading.storage import ParallelMap
@@ -34,6 +35,7 @@ class VerifyTask:
     heights_R: NDArray[np.int32]
     widths_R: NDArray[np.int32]
     bad_R: NDArray[np.bool_]
+    rules: PixelRules
 
 
 def verify(
@@ -76,6 +78,7 @@ def _task(manifest: ShardManifest, source: ShardBytes, number: int, rows: NDArra
         heights_R=index.heights_N[rows],
         widths_R=index.widths_N[rows],
         bad_R=index.bad_N[rows],
+        rules=index.rules,
     )
 
 
@@ -97,7 +100,7 @@ def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
         if image_checksum(encoded) != task.checksums_R[i].tobytes():
             problems.append(f"{shard.name}: {name}: its bytes differ from its checksum")
             continue
-        looked = look_at(encoded)
+        looked = look_at(encoded, task.rules)
         if bool(looked.reason) != bool(task.bad_R[i]):
             problems.append(f"{shard.name}: {name}: {looked.reason or 'marked as damaged, but decodes'}")
         elif not looked.reason and (looked.height, looked.width) != (task.heights_R[i], task.widths_R[i]):

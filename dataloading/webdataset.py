@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from dataloading.headers import EXTENSIONS, Progress, all_small
+from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import (
     MAX_CLASSES,
     Dataset,
@@ -29,7 +29,8 @@ from dataloading.index import (
 )
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed, list_files
 from dataloading.packed import require_storage, require_whole
-from dataloading.scanned import scan_dataset
+from dataloading.pixel_rules import PixelRules
+from dataloading.scanned import holds, scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import Shard, fingerprint_of
 from dataloading.storage import Storage, is_remote, local_path
@@ -55,17 +56,18 @@ def open_webdataset(
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
+    rules: PixelRules | None = None,
     storage: Storage | None = None,
 ) -> Dataset:
     """Return the images of WebDataset tars. Arguments and errors as `dataloading.sources.open_dataset`."""
     listed, read = list_webdataset(root, split, max_rows=max_rows, storage=storage)
     require_same(str(root), index, listed)
-    if index is not None and not all_small(index.heights_N, index.widths_N, index.bad_N):
+    if index is not None and holds(index, rules):
         return Dataset(index, None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
     return scan_dataset(
-        listed, read, chunks, lambda row: io.BytesIO(read(row)), where=str(root), on_progress=on_progress
+        listed, read, chunks, lambda row: io.BytesIO(read(row)), where=str(root), on_progress=on_progress, rules=rules
     )
 
 

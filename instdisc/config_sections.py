@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.credentials import without_credentials
-from dataloading.choices import BACKENDS, ORDERS, SOURCE_KINDS
+from dataloading.choices import BACKENDS, DEEP_SAMPLES, ORDERS, ORIENTATIONS, SOURCE_KINDS
 from dataloading.listing import SPLIT_NAMES
 from dataloading.order import OrderConfig
+from dataloading.pixel_rules import BEFORE_RULES, PixelRules
 from instdisc.overrides import BEFORE
 
 ARCHITECTURES = (
@@ -57,6 +58,13 @@ class DataConfig:
     backend: str = "auto"
     """"auto": batched torch for small images; for encoded ones DALI on a GPU and nvImageCodec, DALI's decoders, on a
     CPU. "dali", "nvimgcodec" or "torch" (torchvision reference) choose."""
+    orientation: str = field(default="exif", metadata={BEFORE: BEFORE_RULES.orientation})
+    """"exif": images are turned as their EXIF data say, in all formats and decoders. "tiff": TIFF files only, as
+    versions without this field did. A new run on packed images takes what their manifest states."""
+    deep_samples: str = field(default="scaled", metadata={BEFORE: BEFORE_RULES.deep_samples})
+    """Samples of more than 8 bits. "scaled": the range that the format states becomes 0 to 255, and images that state
+    none (32-bit and signed values) are damaged. "clipped": some formats are clipped at 255, as versions without this
+    field did. A new run on packed images takes what their manifest states."""
     max_bad_share: float = 0.1
     """Damaged images are replaced and reported; more than this share of the training images ends the run."""
     order: str = "permutation"
@@ -87,6 +95,8 @@ class DataConfig:
             ("train_split", self.train_split, self.train_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
+            ("orientation", self.orientation, self.orientation in ORIENTATIONS, f"one of {', '.join(ORIENTATIONS)}"),
+            ("deep_samples", self.deep_samples, self.deep_samples in DEEP_SAMPLES, f"one of {', '.join(DEEP_SAMPLES)}"),
             ("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
             ("lanes", self.lanes, self.lanes >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1"),
@@ -100,6 +110,11 @@ class DataConfig:
     def order_config(self) -> OrderConfig:
         """The order as the data path takes it."""
         return OrderConfig(self.order, self.lanes, self.window)
+
+    @property
+    def pixel_rules(self) -> PixelRules:
+        """How pixels are made of the images' bytes."""
+        return PixelRules(self.orientation, self.deep_samples)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from cluster.store import Store
 from dataloading.cache import ShardCache
 from dataloading.headers import Progress
 from dataloading.index import Dataset, DatasetIndex
+from dataloading.pixel_rules import PixelRules
 from dataloading.sources import open_dataset
 from dataloading.storage import Storage
 from instdisc.config_sections import DataConfig
@@ -23,8 +24,14 @@ def open_images(
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
+    as_packed: bool = False,
 ) -> Dataset:
-    """Return the images of a split. Arguments and errors as `dataloading.sources.open_dataset`."""
+    """Return the images of a split. Arguments and errors as `dataloading.sources.open_dataset`.
+
+    as_packed: packed images keep the pixel rules of their manifest where the configuration asks for no others than the
+    present ones; else DatasetError is raised where they differ.
+    """
+    rules = data.pixel_rules
     return open_dataset(
         data.kind,
         data.root,
@@ -34,6 +41,7 @@ def open_images(
         on_progress=on_progress,
         download=data.download,
         storage=storage_of(data),
+        rules=None if as_packed and index is None and rules == PixelRules() else rules,
     )
 
 

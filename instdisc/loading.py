@@ -38,8 +38,7 @@ class RunEncoder(nn.Module):
         The numbers are those that evaluations of encoded images get.
         """
         config = self.config
-        # Palettes by way of RGBA, as in `dataloading.pillow`.
-        pixels_HWC = torch.from_numpy(decode(image.convert("RGBA") if image.mode == "P" else image).copy())
+        pixels_HWC = torch.from_numpy(decode(image, config.data.pixel_rules).copy())
         (anchor,), (size,) = eval_windows(
             [len(pixels_HWC)], [pixels_HWC.shape[1]], resize=config.eval.resize, crop=config.eval.crop
         )

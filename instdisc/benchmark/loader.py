@@ -161,7 +161,9 @@ def _measure(worker: Worker, benchmark: LoaderBenchmark, say: Say) -> dict[str, 
             say(f"making {MADE_UP_IMAGES} JPEG files of {MADE_UP_SIZE[1]} x {MADE_UP_SIZE[0]} pixels")
             make_photographs(Path(folder))
             data = replace(data, root=folder, kind="folder")
-        bench = _Bench(worker, benchmark, open_images(data, data.train_split, max_rows=data.max_rows), say, stack)
+        bench = _Bench(
+            worker, benchmark, open_images(data, data.train_split, max_rows=data.max_rows, as_packed=True), say, stack
+        )
         results, sweeps = bench.all_results()
         facts = bench.facts()
     return {

@@ -254,7 +254,7 @@ def _peak_of_side(worker: Worker, benchmark: StepBenchmark, settings: PlainSetti
 def _open_images(benchmark: StepBenchmark) -> Dataset:
     data, size = benchmark.config.data, benchmark.config.augment.size
     if benchmark.use_own_images:
-        return open_images(data, data.train_split, max_rows=data.max_rows)
+        return open_images(data, data.train_split, max_rows=data.max_rows, as_packed=True)
     num_rows = data.max_rows or MADE_UP_ROWS
     if num_rows * size * size * 3 > MADE_UP_BYTES:
         raise BenchmarkError(

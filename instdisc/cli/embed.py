@@ -24,6 +24,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Embed the images and write float32 (N, D); row numbers are those of `instdisc index`."""
+    from dataclasses import asdict
+
     import numpy as np
 
     from instdisc.config_sections import DataConfig
@@ -36,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     encoder = load_encoder(options.uri, device="auto")
     data = encoder.config.data
     if options.source:
-        dataset = open_images(DataConfig(root=options.source), options.split)
+        dataset = open_images(DataConfig(root=options.source, **asdict(data.pixel_rules)), options.split)
     else:
         rows = data.max_rows if options.split == data.train_split else data.max_test_rows
         dataset = open_images(data, options.split, max_rows=rows)

@@ -27,12 +27,14 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Open the data set and print its index."""
+    from dataclasses import asdict
+
     from instdisc.config_sections import DataConfig
     from instdisc.images import open_images
 
     started_s = time.monotonic()
     out = output_file(options.out) if options.out else None
-    index = open_images(DataConfig(kind=options.kind, root=options.source), options.split).index
+    index = open_images(DataConfig(kind=options.kind, root=options.source), options.split, as_packed=True).index
     if out:
         index.save(out)
     document = {
@@ -42,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
         "bad": {index.names[row]: reason for row, reason in index.reasons.items()},
         "classes": list(index.class_names) if index.labels_N is not None else None,
         "digest": index.digest,
+        "pixels": asdict(index.rules),
         "seconds": round(time.monotonic() - started_s, 2),
     }
     print(json.dumps(document, indent=1) if options.json else _as_text(document, options.out))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dataloading.choices import DEEP_SAMPLES, ORIENTATIONS
 from instdisc.cli.output import printable
 from instdisc.command_line import command_line
 from instdisc.config_sections import SOURCE_KINDS, SPLITS
@@ -37,6 +38,18 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="shards hold the images in the order of the source (always so for tars and parquet files)",
     )
+    parser.add_argument(
+        "--orientation",
+        choices=ORIENTATIONS,
+        default=ORIENTATIONS[0],
+        help="which images are turned as EXIF says: all, or TIFF files only, as runs of older versions have it",
+    )
+    parser.add_argument(
+        "--deep-samples",
+        choices=DEEP_SAMPLES,
+        default=DEEP_SAMPLES[0],
+        help="samples of more than 8 bits: scaled by their range, or clipped, as runs of older versions have it",
+    )
     parser.add_argument("--workers", type=int, help="processes; 0: this one (default: one for each usable core)")
     parser.add_argument(
         "--address", help='pack on the Ray cluster at host:port, or "auto"; DST must be reachable there'
@@ -51,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from cluster.store import Store
     from dataloading.index import DatasetError, NoSplit
     from dataloading.pack import pack
+    from dataloading.pixel_rules import PixelRules
     from dataloading.sources import list_images
     from instdisc.images import storage_of
     from instdisc.launch import absolute
@@ -78,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
                 shard_mb=options.shard_mb,
                 shuffle=not in_order,
                 keep_bad=options.keep_bad,
+                rules=PixelRules(options.orientation, options.deep_samples),
                 on_progress=ImagesTold(progress.update, f"packing {split}", "packed"),
             )
         finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetChanged, DatasetError
+from dataloading.pixel_rules import PixelRules
 from dataloading.sources import SCANNED_KINDS, kind_of
 from instdisc.config import TrainConfig
 from instdisc.images import open_images, storage_of
@@ -20,6 +21,9 @@ def open_train_set(worker: Worker, config: TrainConfig, run: Run) -> Dataset:
     Where opening them reads the header of every image, the first rank does so at the run's first start; all others,
     and all later starts, take what it found from the index that the run keeps. Raises RunError where the images are no
     longer those of the run, DatasetError where they cannot be opened or are too few.
+
+    A run that begins on packed images takes the pixel rules of their manifest, and its configuration then says so; one
+    that goes on keeps its own.
     """
     data = config.data
     data = replace(data, kind=kind_of(data.kind, data.root, data.train_split, storage_of(data)))
@@ -34,16 +38,34 @@ def open_train_set(worker: Worker, config: TrainConfig, run: Run) -> Dataset:
                 max_rows=data.max_rows,
                 index=stored,
                 on_progress=ImagesTold(worker.emit, "looking at the images"),
+                as_packed=not run.has_index(),
             )
         except DatasetChanged as error:
             raise run.other_images(str(error)) from error
         if dataset.index.num_rows < 2:
             raise DatasetError(f"{dataset.index.source}: found 1 image, expected at least 2: they are told apart")
+        if dataset.index.rules != data.pixel_rules:
+            run.keep_config(with_rules_of(config, dataset))
+            worker.emit({"kind": "message", "text": _other_rules(dataset), "keep": True})
         run.agree_on_dataset(dataset.index)
     elif not is_scanned:
-        dataset = open_images(data, data.train_split, max_rows=data.max_rows)
+        dataset = open_images(data, data.train_split, max_rows=data.max_rows, as_packed=True)
     worker.all_gather_object("the run has its index")
     return dataset or open_images(data, data.train_split, max_rows=data.max_rows, index=run.index())
+
+
+def with_rules_of(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """Return the configuration with the pixel rules that the images are seen by."""
+    return config.with_overrides({f"data.{name}": value for name, value in asdict(dataset.index.rules).items()})
+
+
+def _other_rules(dataset: Dataset) -> str:
+    rules, present = dataset.index.rules, PixelRules()
+    return (
+        f"{dataset.index.source}: the pixel rules are those that it was packed by (orientation {rules.orientation}, "
+        f"deep samples {rules.deep_samples}); for the present ones ({present.orientation}, {present.deep_samples}) "
+        "pack the images again"
+    )
 
 
 def open_test_set(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> Dataset | None:

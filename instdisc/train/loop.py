@@ -19,7 +19,7 @@ from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, multiples_passed, num_steps
 from instdisc.train.bank_health import BankHealth, measure
 from instdisc.train.evaluation import Evaluation, EvaluationInterrupted, KnnEvaluator
-from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
+from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images, with_rules_of
 from instdisc.train.metrics import check_collapse, check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
@@ -41,6 +41,7 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     config = decide_precision(worker, TrainConfig.from_json(config_json))
     run = Run(uri)
     train_set = open_train_set(worker, config, run)
+    config = with_rules_of(config, train_set)
     test_set = open_test_set(
         config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
     )

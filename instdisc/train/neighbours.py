@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from dataloading.headers import FORMATS, decode
 from dataloading.index import Dataset
 from instdisc.evaluate.knn import Neighbours
 from instdisc.pictures import neighbours_picture
@@ -44,9 +45,9 @@ def image_of(dataset: Dataset, row: int) -> np.ndarray:
         return dataset.pixels_NHWC[row]
     assert dataset.read is not None
     try:
-        image = Image.open(io.BytesIO(dataset.read(row)))
+        image = Image.open(io.BytesIO(dataset.read(row)), formats=FORMATS)
         image.draft("RGB", (_LONGEST_SIDE, _LONGEST_SIDE))
-        image = image.convert("RGB")
+        image = Image.fromarray(decode(image, dataset.index.rules))
     except (OSError, ValueError, Image.DecompressionBombError):
         return np.full((_LONGEST_SIDE, _LONGEST_SIDE, 3), 128, dtype=np.uint8)
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))

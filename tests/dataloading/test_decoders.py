@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from made_images import encode, odd_sized_jpegs, picture
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as tv
 
 from dataloading import dali_pipeline, dali_self_test, jpeg, pillow
@@ -17,10 +17,16 @@ from dataloading.dali_self_test import may_decode_regions
 from dataloading.encoded import Window
 from dataloading.image_decoder import ImageDecoder
 from dataloading.nvimgcodec_decoder import decode_part
+from dataloading.pixel_rules import BEFORE_RULES
 
 CPU = torch.device("cpu")
 SIXTEEN_BITS = np.asarray(picture(64, 80, 7).convert("L")).astype(np.uint16) * 257
-ROTATED = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+
+
+def turned_by(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif.tobytes()
 
 
 BAD = b"no image"
@@ -55,16 +61,21 @@ def windows_in(files: list[bytes]) -> list[Window]:
         with Image.open(io.BytesIO(file)) as image:
             height, width = image.height, image.width
             is_plain = pillow.is_plain(file, image.format or "")
+            orientation = image.getexif().get(0x112, 1)
         top, left = height // 5, width // 3
-        windows.append(Window(file, (top, left), (height - top - number % 7, width - left - number % 7), is_plain))
+        size = (height - top - number % 7, width - left - number % 7)
+        windows.append(Window(file, (top, left), size, is_plain, orientation=orientation))
     return windows
 
 
 def expected_crop(window: Window) -> torch.Tensor:
-    """Return torchvision's crop of Pillow's pixels."""
-    pixels_HWC = pillow.decode(window.encoded)
-    pixels_CHW = torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
-    return tv.resized_crop(pixels_CHW, *window.anchor, *window.size, [48, 48], antialias=True)
+    """Return torchvision's crop of Pillow's pixels, turned by Pillow."""
+    stored_HWC = pillow.decode(window.encoded, BEFORE_RULES)
+    (top, left), (height, width) = window.anchor, window.size
+    part = Image.fromarray(stored_HWC[top : top + height, left : left + width])
+    part.getexif()[0x112] = window.orientation
+    pixels_HWC = np.asarray(ImageOps.exif_transpose(part))
+    return tv.resize(torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy()), [48, 48], antialias=True)
 
 
 def all_of(decoder, windows: list[Window]) -> torch.Tensor:
@@ -89,7 +100,12 @@ def all_of(decoder, windows: list[Window]) -> torch.Tensor:
         pytest.param(encode(Image.fromarray(SIXTEEN_BITS), "PNG"), id="PNG of 16 bits"),
         pytest.param(encode(picture(61, 83, 9), "WEBP"), id="WebP"),
         pytest.param(encode(picture(61, 83, 10), "BMP"), id="BMP"),
-        pytest.param(encode(picture(61, 83, 11), exif=ROTATED), id="EXIF rotation"),
+        *(
+            pytest.param(encode(picture(61, 83, 11), exif=turned_by(orientation)), id=f"EXIF orientation {orientation}")
+            for orientation in range(1, 9)
+        ),
+        pytest.param(encode(picture(61, 83, 11), "PNG", exif=turned_by(6)), id="PNG with EXIF orientation"),
+        pytest.param(encode(picture(61, 83, 11), "WEBP", exif=turned_by(6)), id="WebP with EXIF orientation"),
     ],
 )  # fmt: skip
 def test_crops_equal_torchvisions_of_pillows_pixels(decoder, kind, file):
@@ -176,7 +192,7 @@ def sound(**options) -> bytes:
 def test_a_whole_jpeg_is_sound(options):
     assert jpeg.is_sound(sound(**options))
     assert jpeg.is_sound(sound(**options) + b"trailing bytes")
-    assert jpeg.is_sound(sound(exif=ROTATED, **options))
+    assert jpeg.is_sound(sound(exif=turned_by(6), **options))
 
 
 def test_restart_markers_and_padding_are_sound():

@@ -12,6 +12,7 @@ from PIL import Image
 from dataloading import jpeg, pillow
 from dataloading.encoded import Window
 from dataloading.nvimgcodec_decoder import decode_part
+from dataloading.pack_unit import look_at
 
 ORIENTED = Image.Exif()
 ORIENTED[0x112] = 1
@@ -71,6 +72,16 @@ def test_a_jpeg_is_looked_through_once_however_many_scans_it_has():
 
 def test_a_jpeg_of_more_scans_than_anybody_writes_is_not_seen_by_fast_decoders():
     assert not jpeg.is_sound(jpeg_of_scans(2000, 16))
+
+
+def test_a_jpeg_whose_scans_are_minutes_of_work_is_damaged_before_any_of_it():
+    endless = jpeg_of_scans(400, 2000)
+    assert not jpeg.is_sound(endless)
+    assert "400 scans of 4,000,000 pixels" in look_at(endless).reason
+    with pytest.raises(ValueError, match="400 scans of 4,000,000 pixels"):
+        pillow.decode(endless)
+    with pytest.raises(ValueError, match="400 scans of 4,000,000 pixels"):
+        pillow.read_header(endless)
 
 
 @pytest.mark.parametrize("seed", range(8))
