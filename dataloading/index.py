@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dataloading.difference import describe_difference
+from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
 
 _FORMAT = "instdisc dataset index 1"
@@ -167,7 +168,7 @@ class DatasetIndex:
             class_names=tuple(about["class_names"]),
             bad_N=_numpy(column["bad"], np.bool_),
             digest=about["digest"],
-            reasons={int(row): reason for row, reason in about["reasons"].items()},
+            reasons={whole_number(row): reason for row, reason in about["reasons"].items()},
             num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
             files=about["files"],
             rules=PixelRules.stated(about.get("pixels")),

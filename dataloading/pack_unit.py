@@ -89,7 +89,9 @@ class UnitReport:
         images = tuple(
             PackedImage(**{**image, "depends_on": tuple(image["depends_on"])}) for image in document["images"]
         )
-        return cls(int(document["number"]), str(document["plan"]), shard, images)
+        if type(document["number"]) is not int:
+            raise TypeError(f"number of a unit: found {document['number']!r}")
+        return cls(document["number"], str(document["plan"]), shard, images)
 
 
 def report_key(folder: str, number: int) -> str:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
+from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
 
 MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
@@ -239,7 +240,7 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         class_names=tuple(about["class_names"]),
         bad_N=values["bad"].view(np.bool_),
         digest=about["digest"],
-        reasons={int(row): reason for row, reason in about["reasons"].items()},
+        reasons={whole_number(row): reason for row, reason in about["reasons"].items()},
         num_bytes_N=values["length"] if about["digest_of"] != "pixels" else heights_N.astype(np.int64) * widths_N * 3,
         rules=PixelRules.stated(about.get("pixels")),
     )

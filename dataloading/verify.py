@@ -6,7 +6,6 @@ Every piece of a shard is read once. What is wrong is told by shard and image, n
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import CutShortError, ShardBytes, in_pieces
 from dataloading.shards import PIECE_BYTES, Shard, ShardManifest
 from dataloading.storage import ParallelMap
+from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
 def _tar_problems(task: VerifyTask, data: bytearray) -> list[str]:
     """Return what other programs would stumble over: members that are not where the manifest has them."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {(member.offset_data, member.size) for member in tar if member.isfile()}
-    except tarfile.TarError as error:
+        with open_tar(len(data), file=io.BytesIO(data)) as tar:
+            members = {(m.offset_data, m.size) for m in members_of(tar, len(data)) if m.isfile()}
+    except TAR_ERRORS as error:
         return [f"{task.shard.name}: no whole tar file: {error}"]
     places = zip(task.names, task.offsets_R.tolist(), task.lengths_R.tolist(), strict=True)
     lost = [name for name, offset, length in places if (offset, length) not in members]

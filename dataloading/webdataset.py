@@ -28,12 +28,14 @@ from dataloading.index import (
     require_same,
 )
 from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed, list_files
+from dataloading.numerals import whole_number
 from dataloading.packed import require_storage, require_whole
 from dataloading.pixel_rules import PixelRules
 from dataloading.scanned import holds, scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import Shard, fingerprint_of
 from dataloading.storage import Storage, is_remote, local_path
+from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
 _CHUNK = 64
 _MAX_LABEL_BYTES = 32
@@ -164,7 +166,7 @@ def _members(where: str, source: LocalShards | RemoteShards, number: int, shard:
     key, image, label = None, None, None
     try:
         with _open_tar(source, number, shard) as tar:
-            for member in tar:
+            for member in members_of(tar, shard.num_bytes):
                 if not member.isfile():
                     continue
                 folder, _, last = member.name.rpartition("/")
@@ -182,7 +184,9 @@ def _members(where: str, source: LocalShards | RemoteShards, number: int, shard:
             if image is not None:
                 yield replace(image, label=label)
             _check_end(source, number, shard, tar.offset)
-    except tarfile.TarError as error:
+    except DatasetError:
+        raise
+    except TAR_ERRORS as error:
         raise DatasetError(f"{where} is not a whole tar file ({error}); fetch or write it again") from error
 
 
@@ -196,8 +200,9 @@ def _two_images(where: str, first: str, second: str) -> DatasetError:
 
 def _open_tar(source: LocalShards | RemoteShards, number: int, shard: Shard) -> tarfile.TarFile:
     if isinstance(source, LocalShards):
-        return tarfile.TarFile.open(source.folder / shard.name, mode="r:")
-    return tarfile.TarFile.open(fileobj=_Stream(in_pieces(source, number, shard.num_bytes)), mode="r|")
+        return open_tar(shard.num_bytes, path=source.folder / shard.name)
+    pieces = _Stream(in_pieces(source, number, shard.num_bytes))
+    return open_tar(shard.num_bytes, file=pieces, mode="r|")  # pyright: ignore[reportArgumentType]
 
 
 def _check_end(source: LocalShards | RemoteShards, number: int, shard: Shard, end: int) -> None:
@@ -209,7 +214,7 @@ def _check_end(source: LocalShards | RemoteShards, number: int, shard: Shard, en
 
 def _label(where: str, file) -> int | None:
     try:
-        label = int(file.read())
+        label = whole_number(file.read())
     except (AttributeError, ValueError):
         return None
     if label >= MAX_CLASSES:

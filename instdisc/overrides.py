@@ -159,6 +159,8 @@ def _convert(value: Any, annotation: Any) -> Any:
         if text not in ("true", "false", "1", "0", "yes", "no"):
             raise ValueError
         return text in ("true", "1", "yes")
+    if isinstance(value, str) and annotation in (int, float) and ("_" in value or not value.isascii()):
+        raise ValueError  # Python's own numbers: 1_0 is 10 to it
     if annotation is int:
         number = float(value)
         if isinstance(value, bool) or number != int(number):

@@ -75,6 +75,8 @@ def test_an_override_is_read_as_the_type_of_its_field(name, text, value):
         ("optim.lr", "nan", "optim.lr: found 'nan', expected a finite number"),
         ("optim.lr", "fast", r"optim.lr: found 'fast', expected a finite number"),
         ("optim.global_batch", "1.5", "expected a whole number"),
+        ("optim.global_batch", "1_0", "optim.global_batch: found '1_0', expected a whole number"),
+        ("optim.lr", "1_0", "optim.lr: found '1_0', expected a finite number"),
         ("augment.scale", "0.1", "2 comma-separated values, each a finite number"),
         ("optim.nesterov", "maybe", "true or false"),
         ("qwertyuiop", "1", "--help"),
