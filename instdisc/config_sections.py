@@ -168,7 +168,8 @@ class OptimConfig:
     """G, images per step over all workers; constant whatever the number of workers."""
     norm_group: int | None = None
     """Consecutive positions of the global batch that share BatchNorm statistics; None: G / the largest number of
-    workers of the first start, rounded up. Fixed from then on, so that training does not depend on the workers."""
+    workers of the first start, rounded up. Fixed from then on, so that training does not depend on the workers. Each
+    worker needs a group of its own."""
     lr: float = 0.03
     """Learning rate for the global batch as configured (not scaled by it)."""
     momentum: float = 0.9
@@ -303,7 +304,8 @@ class SystemConfig:
     """How it runs on the machine; nothing here is part of the method."""
 
     precision: str = "auto"
-    """"float32", "bfloat16" (autocast) or "auto": bfloat16 on GPUs that have it, float32 elsewhere."""
+    """"float32", "bfloat16" (autocast) or "auto": bfloat16 where all workers of the first start have a GPU with units
+    for it (not emulated), else float32. Fixed from then on."""
     channels_last: str = "auto"
     """"on", "off" or "auto": on for GPUs. On CPUs it is a quarter faster, but sums in an order that depends on the
     threads, so that runs on different numbers of workers agree to fewer digits; nets of fewer than 16 channels stay

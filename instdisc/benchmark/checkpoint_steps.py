@@ -44,10 +44,9 @@ class _Training:
         config = task.config
         self._worker, self._task = worker, task
         self._state = state_of(task, worker)
-        plan = BatchPlan(
-            config.optim.global_batch, config.optim.norm_group or -(-config.optim.global_batch // worker.world_size),
-            worker.world_size,
-        )  # fmt: skip
+        batch = config.optim.global_batch
+        share = -(-batch // worker.world_size)  # so that every worker has a group
+        plan = BatchPlan(batch, min(config.optim.norm_group or share, share), worker.world_size)
         order = Permutation(task.num_rows, config.seed)
         self._stepper = Stepper(self._state, plan, worker, order)
         self._rows = StepRows(order, plan.global_batch, plan.offsets(worker.rank))
