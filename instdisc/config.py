@@ -164,7 +164,7 @@ def rules_kept(config: TrainConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in values_before(type(config)).items()
-        if values[name] == value != defaults[name] and name not in MAY_CHANGE_ON_RESUME
+        if values[name] == value != defaults[name] and name not in MAY_CHANGE_ON_RESUME | idle_fields(config)
     }
 
 

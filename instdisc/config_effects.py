@@ -48,6 +48,9 @@ _READ_FROM_ROOT = Effect(
     "another data.kind than demo, since code makes those images (auto recognises what the root holds)",
     lambda config: config.data.kind != "demo",
 )
+_DECODED = Effect(
+    "another data.kind than demo, whose images are not decoded", lambda config: config.data.kind != "demo"
+)
 _FETCHED = Effect("data.kind=cifar10 or cifar100", lambda config: config.data.kind in ("cifar10", "cifar100"))
 _CACHED = Effect("remote images (data.root s3://…)", lambda config: _fills_cache(config))
 _CACHE_ON = Effect(
@@ -98,6 +101,8 @@ EFFECTS: dict[str, Effect] = {
     "data.deep_samples": ALWAYS,
     "data.max_bad_share": ALWAYS,
     "data.order": ALWAYS,
+    "data.orientation": _DECODED,
+    "data.deep_samples": _DECODED,
     "data.lanes": _BLOCK,
     "data.window": _BLOCK,
     "data.cache_dir": _CACHE_ON,

@@ -27,6 +27,8 @@ READ_WITH: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     # field: (a value that is not its default, overrides with which nothing reads it, and with which something does)
     "data.root": ("/photos", {"data.kind": "demo"}, {"data.kind": "folder"}),
     "data.download": (True, {"data.kind": "folder"}, {"data.kind": "cifar100"}),
+    "data.orientation": ("tiff", {"data.kind": "demo", "data.root": None}, {}),
+    "data.deep_samples": ("clipped", {"data.kind": "demo", "data.root": None}, {}),
     "data.lanes": (3, {}, {"data.order": "block"}),
     "data.window": (3, {}, {"data.order": "block"}),
     "data.cache_dir": ("/cache", {"data.root": "/photos"}, {"data.root": "s3://bucket/photos"}),

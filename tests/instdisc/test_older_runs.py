@@ -107,6 +107,8 @@ def test_a_run_names_the_rules_of_its_time_that_it_keeps():
     kept = rules_kept(from_plain(Newer, OLDER["quickstart"]["config"]))
     assert kept["rule"] == "old"
     assert "same" not in kept
+    assert "data.orientation" not in kept, "code makes the images of quickstart"
+    assert rules_kept(older("imagenet-npid-r18"))["data.orientation"] == "tiff"
     assert kept["optim.step_count"] == "rounded"
     assert rules_kept(Newer()) == {}
 
