@@ -97,8 +97,6 @@ EFFECTS: dict[str, Effect] = {
     "data.max_rows": ALWAYS,
     "data.max_test_rows": ALWAYS,
     "data.backend": ALWAYS,
-    "data.orientation": ALWAYS,
-    "data.deep_samples": ALWAYS,
     "data.max_bad_share": ALWAYS,
     "data.order": ALWAYS,
     "data.orientation": _DECODED,
