@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from cluster.attempts import SupersededError
+from cluster.failures import may_pass
 from cluster.lease import RunHeldError
 from cluster.stored_object import CheckpointError
 
@@ -30,7 +31,7 @@ def gather(worker: WorkerLike, action: str, reply: Callable[[], Any]) -> list[An
     except Exception as error:
         cause = error
         text = str(error) if isinstance(error, OSError | ValueError) else repr(error)
-        document = {"error": text, "kind": type(error).__name__}
+        document = {"error": text, "kind": type(error).__name__, "may_pass": may_pass(error)}
     documents = worker.all_gather_object(document)
     failures = [f"rank {rank}: {d['error']}" for rank, d in enumerate(documents) if "error" in d]
     if failures:
@@ -38,5 +39,7 @@ def gather(worker: WorkerLike, action: str, reply: Callable[[], Any]) -> list[An
         special = next((kind for kind in (SupersededError, RunHeldError) if kind.__name__ in kinds), None)
         if special is not None:
             raise special(next(d["error"] for d in documents if d.get("kind") == special.__name__)) from cause
-        raise CheckpointError(f"cannot {action}: {'; '.join(failures)}") from cause
+        failed = CheckpointError(f"cannot {action}: {'; '.join(failures)}")
+        failed.is_permanent = not all(d["may_pass"] for d in documents if "error" in d)
+        raise failed from cause
     return [d["reply"] for d in documents]

@@ -14,8 +14,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from cluster import patience
 from cluster.attempts import SupersededError
 from cluster.coordinator import Coordinator
+from cluster.failures import may_pass
 from cluster.lease import BEAT_S, Holder, Lease, RunHeldError
 from cluster.manifest import ManifestError, NewerFormatError
 from cluster.retention import Retention
@@ -50,11 +52,15 @@ class Coordination(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinatorSpec:
-    """What a coordinator is started with, here or in another process."""
+    """What a coordinator is started with, here or in another process.
+
+    reached: what `patience.reached` returned where it was made.
+    """
 
     uri: str
     retention: Retention = field(default_factory=Retention)
     holder: Holder = field(default_factory=Holder.of_this_process)
+    reached: tuple[str, ...] = field(default_factory=patience.reached)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -66,6 +72,7 @@ class CoordinatorSpec:
             uri=document["uri"],
             retention=Retention(**document["retention"]),
             holder=Holder(**document["holder"]),
+            reached=tuple(document["reached"]),
         )
 
     def start(self) -> CoordinatorService:
@@ -185,12 +192,15 @@ def answered(request: str, methods: dict[str, Callable[..., Any]]) -> str:
     except Exception as error:
         kind = type(error).__name__
         text = str(error) if kind in _ERRORS else f"the coordinator failed: {error!r}"
-        return json.dumps({"error": text, "kind": kind})
+        return json.dumps({"error": text, "kind": kind, "may_pass": may_pass(error)})
 
 
 def unpacked(answer: str) -> Any:
     """Return the result in an answer, or raise the error in it."""
     document = json.loads(answer)
     if "error" in document:
-        raise _ERRORS.get(document["kind"], CheckpointError)(document["error"])
+        error = _ERRORS.get(document["kind"], CheckpointError)(document["error"])
+        if document.get("may_pass") and isinstance(error, CheckpointError | StoreError):
+            error.is_permanent = False
+        raise error
     return document["result"]

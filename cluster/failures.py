@@ -98,7 +98,7 @@ def describe(error: BaseException, rank: int, world_size: int) -> Failure:
         traceback="".join(traceback.format_exception(error)).rstrip(),
         pickled=_pickled(error),
         kind=type(error).__name__,
-        may_pass=_may_pass(error),
+        may_pass=may_pass(error),
     )
 
 
@@ -107,10 +107,11 @@ _MAY_PASS = frozenset(
 )
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
+    """Whether a connection, a device or a storage failed, so that other workers, or the same later, may succeed."""
     # By name: whoever supervises must not import torch. is_transient knows the errors of a storage.
     names = {kind.__name__ for kind in type(error).__mro__}
-    is_passing = getattr(error, "is_permanent", True) is False  # a save that failed, `SaveFailedError`
+    is_passing = getattr(error, "is_permanent", True) is False  # what storages and checkpoints raise
     return bool(names & _MAY_PASS) or is_passing or (isinstance(error, StoreError) and is_transient(error))
 
 

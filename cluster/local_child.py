@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from cluster import patience
 from cluster.failures import describe
 from cluster.outbox import Outbox
 from cluster.process_name import set_process_name
@@ -31,6 +32,8 @@ class LocalTask:
     folder: str
     environment: dict[str, str]
     has_coordinator: bool = False
+    reached: tuple[str, ...] = ()
+    """What `patience.reached` returned in the supervisor."""
 
 
 def run_worker(task: LocalTask, connection: Connection) -> None:
@@ -43,6 +46,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
     set_process_name(f"rank-{task.rank}")
     os.environ.clear()
     os.environ.update(task.environment)
+    patience.expect(task.reached)
     outbox = Outbox()
     sender = threading.Thread(target=_send_events, args=(outbox, connection), name="events", daemon=True)
     sender.start()

@@ -18,6 +18,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from cluster import patience
 from cluster.agreement import WorkerLike, gather
 from cluster.coordination import (
     CLOSE_TIMEOUT_S,
@@ -64,7 +65,9 @@ def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     set_process_name("coordinator")
     os.environ.clear()
     os.environ.update(environment)
-    service = CoordinatorSpec.from_json(spec_json).start()
+    spec = CoordinatorSpec.from_json(spec_json)
+    patience.expect(spec.reached)
+    service = spec.start()
     closing = threading.Event()
     listener = listen(service, folder, closing)
     parent = multiprocessing.parent_process()

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
+from cluster import patience
 from cluster.coordination import CoordinatorSpec
 from cluster.environment import environment
 from cluster.failures import Failure, WorkerDied, root_cause
@@ -114,6 +115,7 @@ def run_processes(
                 folder=folder,
                 environment={**os.environ, **thread_environment(num_threads), "GLOO_SOCKET_IFNAME": "lo"},
                 has_coordinator=coordinator is not None,
+                reached=patience.reached(),
             )
             workers.append(_start(task, preload))
         _supervise(workers, interrupts, handle_event, supervised)

@@ -1,7 +1,8 @@
 """Retries of requests to a storage that is there but does not answer well: 503, stalls, resets, a restart.
 
 What is retried may have been carried out, its answer lost: only what may be done twice goes through here. A server that
-is gone for minutes is outlasted. A place that never answered is given up soon: its address is probably wrong.
+is gone for minutes is outlasted. A place that never answered is given up soon: its address is probably wrong. That it
+answered a process is known to those that this one starts (`reached`, `expect`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from cluster.s3_errors import chain, code_of
@@ -22,6 +23,9 @@ Result = TypeVar("Result")
 
 PATIENCE_S = 300.0
 FIRST_PATIENCE_S = 10.0
+_reached: set[str] = set()
+_expected: set[str] = set()
+_listeners: list[Callable[[str], None]] = []
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 3.0
 _TELL_S = 10.0
 _TRANSIENT_NUMBERS = frozenset(
@@ -50,14 +54,35 @@ _TRANSIENT_NAMES = frozenset(
 _TRANSIENT_STATUS = (429, 500, 502, 503, 504)
 
 
+def reached() -> tuple[str, ...]:
+    """Return the kinds of storage ("s3") that answered this process, or one that it was started by."""
+    return tuple(sorted(_reached | _expected))
+
+
+def expect(kinds: Iterable[str], on_reached: Callable[[str], None] | None = None) -> None:
+    """Wait for storages of these kinds from the first request on, as they answered whoever started this process.
+
+    on_reached: is called with the kind of one that answers for the first time, for those who start others later.
+    """
+    _expected.update(kinds)
+    if on_reached is not None:
+        _listeners.append(on_reached)
+
+
 class Patience:
     """Makes requests again until they succeed, for as long as waiting makes sense. Safe in threads."""
 
     def __init__(self, place: str, patience_s: float = PATIENCE_S) -> None:
         self._place, self._patience_s = place, patience_s
-        self._answered = False
+        self._kind = place.partition("://")[0]
+        self._answered = self._kind in _expected
         self._told_s = -float("inf")
         self._lock = threading.Lock()
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether the place ever answered, here or to whoever started this process."""
+        return self._answered
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Return function(); what it raises is raised where it is no passing failure, or where it does not pass."""
@@ -66,7 +91,8 @@ class Patience:
             try:
                 result = function()
             except Exception as error:
-                self._answered = self._answered or _is_an_answer(error)
+                if _is_an_answer(error):
+                    self._note_answer()
                 waited_s = time.monotonic() - started_s
                 limit_s = self._patience_s if self._answered else min(self._patience_s, FIRST_PATIENCE_S)
                 if not is_transient(error) or waited_s + pause_s > limit_s:
@@ -76,8 +102,15 @@ class Patience:
                 time.sleep(pause_s * random.uniform(0.5, 1.0))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
-                self._answered = True
+                self._note_answer()
                 return result
+
+    def _note_answer(self) -> None:
+        self._answered = True
+        if self._kind not in _reached:
+            _reached.add(self._kind)
+            for listener in _listeners:
+                listener(self._kind)
 
     def _tell(self, error: Exception, left_s: float) -> None:
         with self._lock:

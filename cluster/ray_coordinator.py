@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from cluster import patience
 from cluster.coordination import CoordinatorGoneError, CoordinatorService, CoordinatorSpec, packed, unpacked
 
 GONE_TIMEOUT_S = 120.0
@@ -24,7 +25,9 @@ class CoordinatorActor:
     """Plain class of the actor (`start_coordinator`). Ray starts it again when it dies."""
 
     def __init__(self, spec_json: str) -> None:
-        self._service: CoordinatorService = CoordinatorSpec.from_json(spec_json).start()
+        spec = CoordinatorSpec.from_json(spec_json)
+        patience.expect(spec.reached)
+        self._service: CoordinatorService = spec.start()
 
     def answer(self, request: str) -> str:
         """See `CoordinatorService.answer`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict
 from enum import Enum
 from typing import Any
@@ -40,6 +41,7 @@ class _Group:
     def __init__(self, number: int, cause: Cause) -> None:
         self.number, self.cause = number, cause
         self.failures: list[Failure] = []
+        self.silence = ""
         self.found = asyncio.Event()
         self.address: tuple[str, int] = ("", 0)
         self.order: Order | None = None
@@ -75,6 +77,7 @@ class Mailbox:
         self._controller: Any = None
         self._newest: list[int] | None = None
         self._num_fruitless = 0
+        self._reached: set[str] = set()
 
     async def put(self, sender: str, number: int, event: str) -> None:
         """A sender's event number 0, 1, … for the driver, as JSON text; see `Post`."""
@@ -112,6 +115,14 @@ class Mailbox:
         """Why the next group will be started, a `Cause`."""
         self._next_cause = Cause(**cause)
 
+    async def reach(self, kinds: Iterable[str]) -> None:
+        """Storages of these kinds answered the driver or a worker of this run; see `patience.expect`."""
+        self._reached.update(kinds)
+
+    async def reached(self) -> list[str]:
+        """What `reach` was told so far."""
+        return sorted(self._reached)
+
     async def count_restart(self, newest: list[int] | None) -> int:
         """A restart, when this is the newest checkpoint (None: none, or not known); return the number of restarts in a
         row without a newer one.
@@ -129,6 +140,14 @@ class Mailbox:
     async def failures(self) -> list[Failure]:
         """What workers of the present group raised so far, in order of arrival."""
         return self._group.failures
+
+    async def fell_silent(self, text: str) -> None:
+        """A machine on which the present group is being started does not answer: which one, in words."""
+        self._group.silence = text
+
+    async def silence(self) -> str:
+        """What `fell_silent` was told of the present group, "" if nothing."""
+        return self._group.silence
 
     async def controller_started(self, controller: Any) -> None:
         """The handle of the actor in which Ray Train runs its loop; Ray Train itself does not hand it out."""

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -51,9 +51,11 @@ class Restarts(FailurePolicy):
                 # A machine that was counted is gone, or somebody else was faster: count again.
                 self._post.tell("the workers found no place on the machines that seemed free: looking again")
                 return FailureDecision.RETRY
-            if not isinstance(cause, WorkerGroupStartupFailedError):
+            # The second: between the last worker's start and the moment from which they are watched.
+            if not isinstance(cause, WorkerGroupStartupFailedError | RayActorError):
                 return FailureDecision.RAISE
-            return self._again(f"workers could not start: {_first_line(cause)}")
+            silence: str = ray.get(self._mailbox.silence.remote(), timeout=MAILBOX_TIMEOUT_S)
+            return self._again(silence or f"workers could not start: {_reason(cause)}")
         failures: list[Failure] = ray.get(self._mailbox.failures.remote(), timeout=MAILBOX_TIMEOUT_S)
         if any(failure.kind == Preempted.__name__ for failure in failures):
             return FailureDecision.RETRY
@@ -90,6 +92,13 @@ def _what_happened(error: Any, failures: list[Failure]) -> str:
             return f"rank {cause.rank} lost its connection to another worker"
         return f"rank {cause.rank}: {cause.summary.splitlines()[0]}"
     return _first_line(error)
+
+
+def _reason(error: Exception) -> str:
+    """Return why a start failed, in a line: of a traceback in the text the error that it ends with."""
+    lines = str(error).strip().splitlines()
+    of_ray = [line for line in lines if line.startswith(("ray.exceptions.", "The actor "))]
+    return (of_ray or lines or [repr(error)])[0].removeprefix("ray.exceptions.")
 
 
 def _first_line(error: Any) -> str:

@@ -27,6 +27,7 @@ from ray.train.v2.api.config import ScalingConfig
 from cluster.ray_machines import Machine, machines, room, silent
 from cluster.ray_mailbox import Post
 from cluster.ray_restart_limit import RestartLimit
+from cluster.ray_start_watch import StartWatch, named
 from cluster.worker import Cause
 from cluster.worker_range import WorkerRange
 
@@ -70,6 +71,8 @@ class GroupSizing(ScalingPolicy):
         self._prepared_s: dict[str, float] = {}
         self._own: Counter[str] = Counter()
         self._shunned: list[str] = []
+        self._found: list[Machine] = []
+        self._watch: StartWatch | None = None
         self._may_hold_room = self._was_started = self._is_leaving = False
         self._best_room, self._best_since_s = 0, 0.0
         self._ended_s: float | None = None
@@ -78,6 +81,7 @@ class GroupSizing(ScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start as many workers as fit, once there is room for the least number of them."""
+        self._end_watch()
         self._ask_for_machines()
         now_s = self._clock()
         self._ended_s = now_s if self._ended_s is None else self._ended_s
@@ -107,6 +111,7 @@ class GroupSizing(ScalingPolicy):
 
         TooManyRestartsError where machines have fallen silent too often.
         """
+        self._end_watch()
         self._ask_for_machines()
         now_s = self._clock()
         if not self._own:
@@ -118,7 +123,7 @@ class GroupSizing(ScalingPolicy):
             return NoopDecision()
         dead = self._dead(found, now_s)
         if dead:
-            text = f"no answer from {self._named(found, dead)} for {self._workers.silence_s:g} s"
+            text = f"no answer from {named(found, dead)} for {self._workers.silence_s:g} s"
             more = self._limit.count(text)
             self._announce("failure", text)
             self._post.tell(f"{text}: going on from the newest checkpoint{more}")
@@ -128,7 +133,7 @@ class GroupSizing(ScalingPolicy):
             return NoopDecision()
         leaving = {machine.id for machine in found if machine.leaves_at is not None and machine.id in self._own}
         if leaving:
-            self._leave("drain", f"{self._named(found, leaving)} is about to be taken away")
+            self._leave("drain", f"{named(found, leaving)} is about to be taken away")
             return NoopDecision()
         possible = room(found, self._silent_since_s.keys(), self._need, self._own, self._workers.most)
         self._note_room(possible, now_s)
@@ -147,6 +152,8 @@ class GroupSizing(ScalingPolicy):
         self._silent_since_s.clear()
         self._may_hold_room = self._was_started = True
         self._is_leaving, self._ended_s = False, None
+        self._end_watch()
+        self._watch = StartWatch(self._found, self._workers.silence_s, probe=self._probe, tell=self._tell_of_silence)
         return {"ray.io/node-id": f"!in({','.join(self._shunned)})"} if self._shunned else None
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -179,6 +186,7 @@ class GroupSizing(ScalingPolicy):
         return dict(self.scaling_config._resources_per_worker_not_none)  # pyright: ignore[reportReturnType]
 
     def _resize(self, num_workers: int, found: list[Machine], mute: set[str]) -> ResizeDecision:
+        self._found = [machine for machine in found if machine.id not in mute]
         self._shunned = sorted(machine.id for machine in found if machine.id in mute or machine.leaves_at is not None)
         return ResizeDecision(num_workers=num_workers, resources_per_worker=self._need)
 
@@ -206,6 +214,14 @@ class GroupSizing(ScalingPolicy):
         self._silent_since_s = {id: self._silent_since_s.get(id, now_s) for id in mute}
         return {id for id, since_s in self._silent_since_s.items() if now_s - since_s >= self._workers.silence_s}
 
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+
+    def _tell_of_silence(self, text: str) -> None:
+        ray.get(self._mailbox.fell_silent.remote(text), timeout=MAILBOX_TIMEOUT_S)
+
     def _leave(self, kind: str, text: str) -> None:
         self._is_leaving = True
         self._announce(kind, text)
@@ -220,7 +236,3 @@ class GroupSizing(ScalingPolicy):
         if now_s - self._told_s >= TELL_S:
             self._told_s = now_s
             self._post.tell(f"waiting for machines: room for {num_workers} of at least {self._workers.least} workers")
-
-    @staticmethod
-    def _named(found: list[Machine], ids: set[str]) -> str:
-        return " and ".join(sorted(f"machine {machine.host}" for machine in found if machine.id in ids))

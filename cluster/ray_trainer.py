@@ -10,6 +10,7 @@ import ray
 from ray._private.state import state
 from ray.cloudpickle import cloudpickle
 
+from cluster import patience
 from cluster.coordination import CoordinatorSpec
 from cluster.interrupts import Interrupts
 from cluster.ray_coordinator import close_coordinator, start_coordinator
@@ -68,6 +69,7 @@ def run_on_ray(
     with Interrupts() as interrupts, ray_session(address, workers.most, quiet) as is_private:
         interrupts.take_over()
         mailbox = start_mailbox()
+        mailbox.reach.remote(patience.reached())
         # Only now: Ray Train takes seconds to import, and Ray's processes start meanwhile.
         from cluster.ray_run import start_run
         from cluster.ray_worker import RayTask

@@ -16,6 +16,7 @@ import ray.train
 from ray import cloudpickle
 from ray.train.backend import Backend, BackendConfig
 
+from cluster import patience
 from cluster.failures import describe
 from cluster.process_group import COLLECTIVE_TIMEOUT_S, close_groups, open_groups, thread_environment
 from cluster.ray_coordinator import RayCoordination
@@ -49,6 +50,8 @@ class RayTask:
         context = ray.train.get_context()
         rank, world_size = context.get_world_rank(), context.get_world_size()
         group, cause = ray.get(self.mailbox.group.remote(), timeout=SEND_TIMEOUT_S)
+        known = ray.get(self.mailbox.reached.remote(), timeout=SEND_TIMEOUT_S)
+        patience.expect(known, lambda kind: self.mailbox.reach.remote([kind]))
         try:
             return self._run(
                 rank, world_size, context.get_local_rank(), context.get_local_world_size(), group, Cause(**cause)

@@ -49,10 +49,18 @@ _OF_NAMES = {
 
 def advise(error: BaseException, endpoint: str) -> str | None:
     """Return what is wrong and what to do, for an error that is not just a missing object; None if that is unknown."""
+    is_away = False
     for seen in chain(error):
         names = {kind.__name__ for kind in type(seen).__mro__}
-        if known := names & _OF_NAMES.keys():
+        if "CredentialsAwayError" in names:
+            is_away = True
+            continue
+        # Of a bucket, unless it is about a token that is half written.
+        known = names & _OF_NAMES.keys() - ({"ParamValidationError"} if is_away else set())
+        if known:
             return _OF_NAMES[known.pop()]
+        if is_away and code_of(seen) not in _OF_CODES:
+            return f"{_OF_NAMES['CredentialRetrievalError']} ({type(seen).__name__}: {seen})"
         if "SSLError" in names:
             return (
                 f"{endpoint} shows no valid certificate; set AWS_CA_BUNDLE to its authority's, or correct the address"

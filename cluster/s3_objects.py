@@ -14,20 +14,27 @@ import asyncio
 import errno
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
-import aiobotocore.session
 import aiohttp
 import botocore.exceptions
-import botocore.handlers
-import s3fs
 from fsspec.asyn import sync
 
 from cluster.joined_views import JoinedViews
 from cluster.patience import Patience
+from cluster.s3_credentials import (
+    CredentialsAwayError,
+    NoCredentialsNow,
+    S3Files,
+    is_of_credentials,
+    may_come,
+    open_files,
+    require_credentials,
+)
 from cluster.s3_errors import code_of
 from cluster.threads import in_threads
 
@@ -36,7 +43,7 @@ Result = TypeVar("Result")
 
 TIMEOUT_VARIABLE = "INSTDISC_STORE_TIMEOUT_S"
 """Environment variable: the seconds without a byte after which a request is given up and sent again."""
-TIMEOUT_S, CONNECT_TIMEOUT_S = 30.0, 5.0
+TIMEOUT_S = 30.0
 PART_BYTES = 64 * 2**20
 """Objects above this size are written and read in parts: what fails and is repeated is one part."""
 _MOST_PARTS, _PARTS_AT_ONCE = 10_000, 4
@@ -54,32 +61,18 @@ class S3Objects:
     )
 
     def __init__(self, patience: Patience) -> None:
-        self._timeout_s = timeout_s = float(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_S)
-        session = aiobotocore.session.AioSession()
-        # aiohttp waits for the "100 Continue" that botocore asks for before each body, without a limit.
-        session.unregister("before-call.s3", botocore.handlers.add_expect_header)
-        self._files = s3fs.S3FileSystem(
-            skip_instance_cache=True,
-            use_listings_cache=False,
-            session=session,
-            config_kwargs={
-                "max_pool_connections": 64,
-                "connect_timeout": min(CONNECT_TIMEOUT_S, timeout_s),
-                "read_timeout": timeout_s,
-                "retries": {"mode": "standard", "total_max_attempts": 1},
-            },
-        )
-        self._files.retries = 1
+        self._timeout_s = float(os.environ.get(TIMEOUT_VARIABLE) or TIMEOUT_S)
+        self._files = open_files(self._timeout_s)
         self._patience = patience
+        self._has_worked = patience.has_answered
+        self._renewing = threading.Lock()
 
     @property
     def endpoint(self) -> str:
         """The address of the server, as far as it is known."""
-        try:
-            client: Any = self._files.s3
-            return client.meta.endpoint_url
-        except Exception:
-            return os.environ.get("AWS_ENDPOINT_URL", "the S3 server")
+        # Not `s3`: it would make a client, if need be without credentials.
+        client: Any = self._files._s3
+        return os.environ.get("AWS_ENDPOINT_URL", "the S3 server") if client is None else client.meta.endpoint_url
 
     def put(self, path: str, parts: Sequence[memoryview]) -> None:
         """Write the concatenated parts to `path`, replacing what is there. Copies nothing."""
@@ -229,17 +222,21 @@ class S3Objects:
         return self._patience.call(lambda: self._once(method, **arguments))
 
     def _once(self, method: str, **arguments: Any) -> dict[str, Any]:
-        request = self._files._call_s3
         body = arguments.get("Body")
         if body is None:
-            return self._run(lambda: request(method, **arguments))
-        return self._run(lambda: _while_moving(request(method, **arguments), body, self._timeout_s))
+            return self._run(lambda files: files._call_s3(method, **arguments))
+        return self._run(lambda files: _while_moving(files._call_s3(method, **arguments), body, self._timeout_s))
 
-    def _run(self, function: Callable[[], Awaitable[Result]]) -> Result:
-        """Return what the coroutine of function() returns, run by the loop of s3fs."""
-        run: Any = sync
+    def _run(self, function: Callable[[Any], Awaitable[Result]]) -> Result:
+        """Return what the coroutine of function(files) returns, run by the loop of s3fs."""
+        files, run = self._files, cast(Any, sync)
+
+        async def request() -> Result:
+            await require_credentials(files)
+            return await function(files)
+
         try:
-            return run(self._files.loop, function)
+            result = run(files.loop, request)
         except FileNotFoundError as error:
             # What s3fs calls a missing file and is none.
             if code_of(error) in ("NoSuchBucket", "NoSuchUpload"):
@@ -250,13 +247,29 @@ class S3Objects:
             if "Invalid endpoint" in str(error) or "encoded in URL" in str(error):
                 raise OSError(errno.EINVAL, str(error)) from None
             raise
+        except Exception as error:
+            if not is_of_credentials(error):
+                raise
+            cause = error.cause if isinstance(error, NoCredentialsNow) else error
+            if self._has_worked or may_come():
+                self._renew(files)
+                raise CredentialsAwayError("the credentials cannot be had now") from cause
+            raise cause from cause.__cause__
+        self._has_worked = True
+        return result
+
+    def _renew(self, failed: S3Files) -> None:
+        """Connect anew: a client keeps the credentials that it was made with, and none if there were none."""
+        with self._renewing:
+            if self._files is failed:
+                self._files = open_files(self._timeout_s, is_patient=True)
 
     def _read(self, path: str, **arguments: Any) -> bytes | tuple[int, str]:
         """Return an answer's bytes; (how many, ETag) if they are to be read in parts."""
         bucket, key = _split(path)
 
-        async def read() -> bytes | tuple[int, str]:
-            answer = await self._files._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
+        async def read(files: Any) -> bytes | tuple[int, str]:
+            answer = await files._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
             try:
                 if answer["ContentLength"] > PART_BYTES:
                     return answer["ContentLength"], answer["ETag"]
@@ -271,8 +284,8 @@ class S3Objects:
         bucket, key = _split(path)
         span = f"bytes={start}-{start + len(target) - 1}"
 
-        async def read() -> tuple[int, int]:
-            answer = await self._files._call_s3("get_object", Bucket=bucket, Key=key, Range=span)
+        async def read(files: Any) -> tuple[int, int]:
+            answer = await files._call_s3("get_object", Bucket=bucket, Key=key, Range=span)
             body, done = answer["Body"], 0
             try:
                 while piece := await body.read(_PIECE_BYTES):

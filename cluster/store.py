@@ -54,16 +54,18 @@ class Store:
 
     Every method raises `StoreError` when the storage fails and ValueError for a key that is not relative; what is
     written has a plain key (`check_key`), what is read may have any that lies inside. What fails in passing is tried
-    again, for minutes (`patience_s`) where a remote storage answered before, for seconds where it never did.
+    again, for minutes (`patience_s`, by default 300 s) where a remote storage answered before, for seconds where it
+    never did.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], *, patience_s: float = patience.PATIENCE_S) -> None:
+    def __init__(self, uri: str | os.PathLike[str], *, patience_s: float | None = None) -> None:
         self.protocol, self.root = _split(os.fspath(uri))
         self.uri = self.root if self.protocol == "file" else f"{self.protocol}://{self.root.lstrip('/')}"
         self.shown = without_credentials(self.uri)
         """The URI for messages and logs."""
         self._connection: tuple[int, _Backend] | None = None
-        self._patience = Patience(self.shown, 0.0 if self.protocol in ("file", "memory") else patience_s)
+        limit_s = patience.PATIENCE_S if patience_s is None else patience_s
+        self._patience = Patience(self.shown, 0.0 if self.protocol in ("file", "memory") else limit_s)
 
     def __repr__(self) -> str:
         return f"Store({self.shown!r})"
@@ -225,7 +227,9 @@ class Store:
             raise
         except self._backend().errors as error:
             what = f"cannot {action} {key or 'the keys'!r} in {self.shown}"
-            raise explain(error, what, self._backend().endpoint) from error
+            explained = explain(error, what, self._backend().endpoint)
+            explained.is_permanent = not (self._patience.has_answered and patience.is_transient(error))
+            raise explained from error
 
 
 def check_key(key: str) -> None:

@@ -21,7 +21,12 @@ _ADVICE[errno.EPERM] = _ADVICE[errno.EACCES]
 
 
 class StoreError(OSError):
-    """A store cannot do what was asked: the text says what, where, why and what to do."""
+    """A store cannot do what was asked: the text says what, where, why and what to do.
+
+    is_permanent: False where it answered before and fails in a way that passes, so that nobody made a mistake.
+    """
+
+    is_permanent = True
 
 
 class ObjectMissingError(StoreError, FileNotFoundError):

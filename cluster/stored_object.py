@@ -16,16 +16,16 @@ RANGE_BYTES = 16 * 2**20
 
 
 class CheckpointError(OSError):
-    """A checkpoint cannot be written or read: the text says which, why and what to do."""
-
-
-class SaveFailedError(CheckpointError):
-    """A save failed on some rank; the checkpoint before stays the newest.
+    """A checkpoint cannot be written or read: the text says which, why and what to do.
 
     is_permanent: whether the cause is one that does not pass by itself (a full disk, no permission).
     """
 
     is_permanent = True
+
+
+class SaveFailedError(CheckpointError):
+    """A save failed on some rank; the checkpoint before stays the newest."""
 
 
 class DamagedObjectError(CheckpointError):

@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        return _tell(error, USER_ERROR, options.debug)
+        # A storage that was there and is away now is nobody's mistake: the same command may succeed later.
+        code = USER_ERROR if getattr(error, "is_permanent", True) else FAILED
+        return _tell(error, code, options.debug)
     except Exception as error:
         return _tell(error, FAILED, options.debug or not _is_ours(error))
 

@@ -111,3 +111,33 @@ def test_a_local_place_is_never_waited_for(monkeypatch):
     with pytest.raises(TimeoutError):
         Patience("/folder", 0.0).call(lambda: (_ for _ in ()).throw(TimeoutError()))
     assert clock.now_s == 100.0
+
+
+def test_a_place_that_answered_whoever_started_this_process_is_waited_for_from_the_first_request_on(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(patience, "_expected", set())
+    monkeypatch.setattr(patience, "_reached", set())
+    monkeypatch.setattr(patience, "_listeners", [])
+
+    def waited_s(place: str) -> float:
+        started_s, tries = clock.now_s, []
+
+        def refuse():
+            tries.append(None)
+            raise ConnectionRefusedError
+
+        with pytest.raises(ConnectionRefusedError):
+            Patience(place).call(refuse)
+        return clock.now_s - started_s
+
+    heard: list[str] = []
+    patience.expect([], heard.append)
+    assert waited_s("s3://bucket/run") <= patience.FIRST_PATIENCE_S
+    assert patience.reached() == ()
+    Patience("s3://bucket/run").call(lambda: "data")
+    Patience("s3://another/run").call(lambda: "data")
+    assert (patience.reached(), heard) == (("s3",), ["s3"])
+    assert waited_s("s3://wrong/run") <= patience.FIRST_PATIENCE_S, "in this process another address may be meant"
+    patience.expect(["s3"])
+    assert waited_s("s3://bucket/data") > patience.PATIENCE_S - 5
+    assert waited_s("gs://bucket/data") <= patience.FIRST_PATIENCE_S

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, SchedulingState
@@ -29,6 +32,7 @@ from cluster.ray_restart_limit import MOST_AWAY_S, MOST_RESTARTS, RestartLimit, 
 from cluster.ray_restarts import Restarts
 from cluster.ray_scaling import PREPARE_AGAIN_S, RELEASE_S, WAIT_S, GroupSizing
 from cluster.ray_session import ray_session
+from cluster.ray_start_watch import StartWatch
 from cluster.store import Store, StoreError
 from cluster.worker_range import WorkerRange, parse_workers
 
@@ -406,6 +410,55 @@ def test_a_machine_that_falls_silent_again_and_again_without_a_new_checkpoint_en
     with pytest.raises(TooManyRestartsError, match=r"giving up after 3 .*no answer from machine 10\.0\.0\.2 for 5 s"):
         falls_silent()
     assert world.told()[0] == "no answer from machine 10.0.0.2 for 5 s: going on from the newest checkpoint"
+
+
+def test_a_start_is_given_up_where_a_machine_of_it_does_not_answer_and_the_machine_is_named():
+    told, ended, used = [], threading.Event(), threading.Event()
+    watch = StartWatch(
+        [machine("1"), machine("2"), machine("3")],
+        silence_s=0.05,
+        probe=lambda found: {m.id for m in found} & {"2", "3"},
+        tell=told.append,
+        starts_on=lambda ids: used.is_set() and bool(ids & {"2"}),
+        give_up=ended.set,
+        look_s=0.01,
+    )
+    assert not ended.wait(0.2), "no worker starts on machines that are silent"
+    used.set()
+    assert ended.wait(5)
+    assert told == ["no answer from machine 10.0.0.2 and machine 10.0.0.3 for 0.05 s"]
+    watch.stop()
+    told.clear()
+    StartWatch(
+        [machine("2")], 0.05, probe=lambda found: {"2"}, tell=told.append, starts_on=lambda ids: True, look_s=0.1
+    ).stop()
+    time.sleep(0.3)
+    assert told == [], "the start was over"
+
+
+def test_a_start_that_failed_says_which_machine_or_what_error_it_was(mailbox, tmp_path):
+    restarts = Restarts(FailureConfig(), mailbox, RestartLimit(mailbox, CoordinatorSpec(uri=str(tmp_path))))
+    text = (
+        "One of the worker actors failed to initialize due to error:\nTraceback (most recent call last):\n"
+        '  File "worker_group.py", line 7, in _create_workers\n'
+        "ray.exceptions.ActorDiedError: The actor died because its node has died.\n\tclass_name: RayTrainWorker\n"
+    )
+    failed_start = ControllerError(WorkerGroupStartupFailedError(text))
+    ray.get(mailbox.open_group.remote())
+    assert restarts.make_decision(failed_start) is FailureDecision.RETRY
+    ray.get(mailbox.open_group.remote())
+    ray.get(mailbox.fell_silent.remote("no answer from machine 10.0.0.2 for 10 s"))
+    assert restarts.make_decision(failed_start) is FailureDecision.RETRY
+    # In the moment between the last worker's start and the first look at the group.
+    ray.get(mailbox.open_group.remote())
+    assert restarts.make_decision(ControllerError(RayActorError())) is FailureDecision.RETRY
+    restarts._post.flush(timeout_s=10)
+    told = [json.loads(event)["text"] for event in ray.get(mailbox.take.remote())]
+    assert told[0].startswith(
+        "workers could not start: ActorDiedError: The actor died because its node has died.: going"
+    )
+    assert told[1].startswith("no answer from machine 10.0.0.2 for 10 s: going on from the newest checkpoint")
+    assert "workers could not start: The actor experienced an error" in told[2]
 
 
 def test_restarts_while_the_storage_is_away_do_not_count_for_an_hour(mailbox, tmp_path, monkeypatch):
