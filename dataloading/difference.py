@@ -26,7 +26,8 @@ def describe_difference(saved: DatasetIndex, current: DatasetIndex) -> str | Non
     if not parts and saved.digest and current.digest and saved.digest != current.digest:
         parts.append("the names and byte sizes are the same, but the contents of the images differ")
     parts += _different_values(saved, "labels_N", current, rows_before_K, rows_now_K)
-    if saved.class_names != current.class_names:
+    are_labelled = saved.labels_N is not None and current.labels_N is not None
+    if are_labelled and saved.class_names != current.class_names:
         parts.append(f"the classes were {_some(saved.class_names)} and are {_some(current.class_names)}")
     if not parts:
         return None

@@ -4,26 +4,33 @@
     root/train/<class>/x.jpg      and root/test or root/val for the test split
     root/x.jpg, root/train/x.jpg  no labels
 
-Deeper folders are allowed; the class is the first one, and a folder without images is none. A row's name is its path
-under the split's folder, and rows are sorted by name.
+README.md has the rule by which splits are found. Deeper folders are allowed; the class is the first one below the
+split's, and a folder without images is none. A row's name is its path under the split's folder, and rows are sorted by
+name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading import notes
 from dataloading.headers import EXTENSIONS, Progress
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, list_digest, require_same
-from dataloading.listing import SPLIT_NAMES, contents, existing_root, folders_in, list_files
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
+from dataloading.labels import first_labelled, folder_labels
+from dataloading.layout import Part
+from dataloading.listing import contents, existing_root, folders_in, list_files
 from dataloading.pixel_rules import PixelRules
 from dataloading.read_errors import advised
 from dataloading.scanned import holds, scan_dataset
+from dataloading.split_folders import FolderChoice, choose_folder
 
 _CHUNK = 64
 
@@ -48,7 +55,7 @@ class FolderReader:
 
 def open_folder(
     root: str | None,
-    split: str,
+    part: Part,
     *,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
@@ -56,10 +63,10 @@ def open_folder(
     rules: PixelRules | None = None,
 ) -> Dataset:
     """Return the images of a folder. Arguments and errors as `dataloading.sources.open_dataset`."""
-    listed, read = list_folder(root, split, max_rows=max_rows)
+    listed, read = list_folder(root, part, max_rows=max_rows)
     require_same(read.base, index, listed)
     if index is not None and holds(index, rules):
-        return Dataset(index, None, read)
+        return Dataset(index.with_notes(listed.notes), None, read)
     chunks = (list(read.names[row : row + _CHUNK]) for row in range(0, len(read.names), _CHUNK))
     return scan_dataset(
         listed,
@@ -77,74 +84,87 @@ def _open(path: Path) -> BinaryIO:
         return open(path, "rb")
 
 
-def list_folder(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
+def list_folder(root: str | None, part: Part, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
     """Return the images of a folder as far as the list of files tells: their sizes are not looked at."""
     path = existing_root(root, "folder")
-    name, others = _split_folder(path, split)
-    base = path / name
-    files = list_files(base, path, EXTENSIONS)
-    if not files:
-        raise DatasetError(
-            f"no images in {base}: found {contents(base)}; expected files that end in {', '.join(sorted(EXTENSIONS))}, "
-            "directly or in one folder per class"
-        )
-    # Of all splits, so that a class has one number in all of them; only of images, as where there are no folders.
-    classes = {name.split("/", 1)[0] for name, _ in files if "/" in name}
-    for other in others:
-        folders = (folder for folder in folders_in(path / other) if folder not in classes)
-        classes.update(folder for folder in folders if _holds_images_below(path / other / folder, path))
-    index = file_index(f"folder {path} ({split})", files[:max_rows], sorted(classes))
+    tree = _LocalTree(path)
+    choices = choose_folder(tree, part, where=str(path))
+    index, base = first_labelled(choices, lambda choice: _listing(tree, part, choice, max_rows))
     return index, FolderReader(base, Names.of(index.names))
 
 
-def _split_folder(root: Path, split: str) -> tuple[str, list[str]]:
-    """Return the folder of a split ("": the root itself), and those of the other splits."""
-    found = choose_split(folders_in(root), split, lambda name: _holds_images(root / name))
-    if found is None:
-        raise _no_split(root, split)
-    name, splits = found
-    return name, [other for other in splits if other != name]
+def _listing(tree: _LocalTree, part: Part, choice: FolderChoice, max_rows: int | None) -> tuple[DatasetIndex, Path]:
+    path, base = tree.root, tree.root / choice.base
+    left_out: Counter[str] = Counter()
+    files = tree.files(choice.base, left_out)
+    if not files:
+        shown = notes.left_out(left_out)
+        raise DatasetError(
+            f"no images in {base}: found {shown[0].text if shown else contents(base)}; expected files that end in "
+            f"{', '.join(sorted(EXTENSIONS))}, directly or in one folder per class"
+        )
+    # Of all splits, so that a class has one number in all of them; only of images, as where there are no folders.
+    classes = {name.split("/", 1)[0] for name, _ in files if "/" in name}
+    for other in choice.others:
+        folders = (folder for folder in folders_in(path / other) if folder not in classes)
+        classes.update(folder for folder in folders if tree.holds_images_below(f"{other}/{folder}"))
+    loose = [entry.name for entry in path.iterdir() if choice.base and _is_image(entry)]
+    told = (*choice.notes, *notes.unused(sorted(loose), "images directly in the root"), *notes.left_out(left_out))
+    source = f"folder {path} ({part.split})"
+    return file_index(source, files[:max_rows], sorted(classes), choice.is_literal, told), base
 
 
-def choose_split(here: list[str], split: str, holds_images: Callable[[str], bool]) -> tuple[str, list[str]] | None:
-    """Return the folder of a split ("": the root itself) and the folders of all splits; None where there is none.
+class _LocalTree:
+    """The folders of a local data root; what is below them is listed only where it is asked for."""
 
-    here: the folders in the root. A folder called "train" can be a class among others (VOC has one): then it and its
-    neighbours hold images directly, as `holds_images` says.
-    """
-    splits = [name for names in SPLIT_NAMES.values() for name in names if name in here]
-    others = [name for name in here if name not in splits]
-    is_class = len(splits) == 1 and bool(others) and all(map(holds_images, (*splits, *others)))
-    if not splits or is_class:
-        return ("", []) if split == "train" else None
-    return next(((name, splits) for name in SPLIT_NAMES[split] if name in splits), None)
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folders(self, at: str) -> list[str]:
+        return folders_in(self.root / at)
+
+    def holds_images(self, at: str) -> bool:
+        return any(map(_is_image, (self.root / at).iterdir()))
+
+    def holds_images_below(self, at: str) -> bool:
+        folder = self.root / at
+        try:
+            return folder.is_dir() and bool(list_files(folder, self.root, EXTENSIONS, first_only=True))
+        except DatasetError:
+            return False  # a link out of the root: nothing there is ever read
+
+    def image_folders(self) -> Iterable[str]:
+        return {name.rpartition("/")[0] for name, _ in self._all[0]}
+
+    def files(self, at: str, left_out: Counter[str]) -> list[tuple[str, int]]:
+        """Return the images below a folder, sorted, and count what else lies there."""
+        if at:
+            return list_files(self.root / at, self.root, EXTENSIONS, left_out=left_out)
+        left_out.update(self._all[1])
+        return self._all[0]
+
+    @cached_property
+    def _all(self) -> tuple[list[tuple[str, int]], Counter[str]]:
+        left_out: Counter[str] = Counter()
+        return list_files(self.root, self.root, EXTENSIONS, left_out=left_out), left_out
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(entry.suffix.lower() in EXTENSIONS for entry in folder.iterdir())
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
-def _holds_images_below(folder: Path, root: Path) -> bool:
-    try:
-        return bool(list_files(folder, root, EXTENSIONS))
-    except DatasetError:
-        return False  # a link out of the root: nothing there is ever read
-
-
-def _no_split(root: Path, split: str) -> NoSplit:
-    expected = " or ".join(f"{root}/{name}" for name in SPLIT_NAMES[split])
-    return NoSplit(
-        f"no {split} split in {root}: found {contents(root)}; expected the folder {expected}. Add it, or name "
-        "another root"
-    )
-
-
-def file_index(source: str, files: list[tuple[str, int]], classes: list[str]) -> DatasetIndex:
+def file_index(
+    source: str,
+    files: list[tuple[str, int]],
+    classes: list[str],
+    dates_are_classes: bool,
+    told: tuple[notes.Note, ...],
+) -> DatasetIndex:
     """Return the index as far as the list of files tells it: without the images' sizes."""
     num_rows = len(files)
     names = Names.of(name for name, _ in files)
     num_bytes_N = np.array([size for _, size in files], dtype=np.int64)
-    labels_N = _labels(files, classes)
+    labels_N, about_labels = folder_labels([name for name, _ in files], classes, dates_are_classes=dates_are_classes)
     return DatasetIndex(
         source=source,
         names=names,
@@ -155,12 +175,5 @@ def file_index(source: str, files: list[tuple[str, int]], classes: list[str]) ->
         bad_N=np.zeros(num_rows, dtype=np.bool_),
         digest=list_digest(names, num_bytes_N),
         num_bytes_N=num_bytes_N,
+        notes=(*told, *about_labels),
     )
-
-
-def _labels(files: list[tuple[str, int]], classes: list[str]) -> NDArray[np.int64] | None:
-    """Return the number of each image's class folder; None where an image is in none, or there is only one."""
-    number = {name: label for label, name in enumerate(classes)}
-    if len(classes) < 2 or any("/" not in name for name, _ in files):
-        return None
-    return np.array([number[name.split("/", 1)[0]] for name, _ in files], dtype=np.int64)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataloading import notes as told
 from dataloading.difference import describe_difference
+from dataloading.notes import Note
 from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
 
@@ -109,10 +111,16 @@ class DatasetIndex:
     """Byte sizes of the files that hold many images (parquet); empty for other kinds."""
     rules: PixelRules = field(default_factory=PixelRules)
     """How pixels are made of the images' bytes, which decides sizes and what is bad."""
+    notes: tuple[Note, ...] = ()
+    """What was taken for what, what is left out or unused, and why there are no labels."""
 
     @property
     def num_rows(self) -> int:
         return len(self.names)
+
+    def with_notes(self, notes: tuple[Note, ...]) -> DatasetIndex:
+        """Return this index with what is told of the images today."""
+        return self if notes == self.notes else replace(self, notes=notes)
 
     def difference(self, current: DatasetIndex) -> str | None:
         """Return a sentence that says how `current` differs from this index, None if it does not.
@@ -141,6 +149,7 @@ class DatasetIndex:
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
             "files": self.files,
             "pixels": asdict(self.rules),
+            "notes": [note.to_plain() for note in self.notes],
         }
         table = pa.table(columns, names=list(_COLUMNS)).replace_schema_metadata({"index": json.dumps(about)})
         unfinished = Path(f"{path}.{os.getpid()}.tmp")
@@ -172,6 +181,7 @@ class DatasetIndex:
             num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
             files=about["files"],
             rules=PixelRules.stated(about.get("pixels")),
+            notes=told.from_plain(about.get("notes", ())),
         )
 
 
@@ -216,6 +226,11 @@ class Dataset:
     """The encoded image of a row; may be called from many threads, raises OSError. None where pixels are held."""
     shards: ShardLayout | None = None
     """None for images that are not packed."""
+
+    @property
+    def looked_at(self) -> str:
+        """How it is known which images are damaged: "pixels" decoded now, or at "packing"; else by "headers" alone."""
+        return "pixels" if self.pixels_NHWC is not None else "headers" if self.shards is None else "packing"
 
 
 def dataset_of_pixels(

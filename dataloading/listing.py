@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 from dataloading.index import DatasetError
-
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "validation", "valid")}
-"""How the folders and files of a split may be called; the first that exists is used."""
+from dataloading.notes import HIDDEN, HIDDEN_FOLDERS, NO_FILE, ending_of
 
 
 def list_files(
-    base: Path, root: Path, extensions: Collection[str], *, first_only: bool = False
+    base: Path,
+    root: Path,
+    extensions: Collection[str],
+    *,
+    first_only: bool = False,
+    left_out: Counter[str] | None = None,
 ) -> list[tuple[str, int]]:
     """Return (path relative to `base`, bytes) of the files under `base`, sorted by path; parts joined by "/".
 
     Hidden files and folders are left out, and whatever is not a regular file. A link is followed while it stays under
-    `root`. Raises DatasetError for a link that leaves the root. first_only: stop at the first file found.
+    `root`. Raises DatasetError for a link that leaves the root. first_only: stop at the first file found. left_out:
+    counts what is not listed, by `notes.ending_of`.
     """
     found: list[tuple[str, int]] = []
     real_root = root.resolve()
@@ -29,20 +34,46 @@ def list_files(
         folder, prefix, above = waiting.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_wanted = has_ending(entry.name, extensions)
-                if entry.name.startswith(".") or not (is_wanted or entry.is_dir()):
+                is_wanted, is_folder = has_ending(entry.name, extensions), entry.is_dir()
+                if entry.name.startswith(".") or not (is_wanted or is_folder):
+                    if left_out is not None and (kind := _left_out_as(entry.name, is_folder, extensions)):
+                        left_out[kind] += 1
                     continue
                 if entry.is_symlink():
                     check_link(Path(entry.path), real_root)
-                if entry.is_dir():
+                if is_folder:
                     real = Path(entry.path).resolve()
                     if real not in above:
                         waiting.append((Path(entry.path), f"{prefix}{entry.name}/", above | {real}))
-                elif is_wanted and entry.is_file():
+                elif entry.is_file():
                     found.append((prefix + entry.name, entry.stat().st_size))
                     if first_only:
                         return found
+                elif left_out is not None:
+                    left_out[NO_FILE] += 1
     return sorted(found)
+
+
+def _left_out_as(name: str, is_folder: bool, extensions: Collection[str]) -> str:
+    """Return by what an entry that is not listed is counted; "" for the small files that systems leave everywhere."""
+    if not name.startswith("."):
+        return ending_of(name)
+    return HIDDEN_FOLDERS if is_folder else HIDDEN if has_ending(name, extensions) else ""
+
+
+def list_keys(
+    sizes: list[tuple[str, int]], extensions: Collection[str], left_out: Counter[str]
+) -> list[tuple[str, int]]:
+    """Return what `list_files` would list, were objects' keys the paths of files; counts the others alike."""
+    found = []
+    for key, size in sizes:
+        if is_listed(key, extensions):
+            found.append((key, size))
+        elif any(part.startswith(".") for part in key.split("/")[:-1]):
+            left_out[HIDDEN] += 1
+        elif not key.endswith("/") and (kind := _left_out_as(key.rpartition("/")[2], False, extensions)):
+            left_out[kind] += 1
+    return found
 
 
 def is_listed(key: str, extensions: Collection[str]) -> bool:

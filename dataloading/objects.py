@@ -6,19 +6,24 @@ Every object costs a request per read: for more than some ten thousand images, p
 from __future__ import annotations
 
 import io
+from collections import Counter
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.folder import choose_split, file_index
+from dataloading import notes
+from dataloading.folder import file_index
 from dataloading.headers import EXTENSIONS, Progress
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, NoSplit, require_same
-from dataloading.listing import SPLIT_NAMES, is_listed
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, require_same
+from dataloading.labels import first_labelled
+from dataloading.layout import Part
+from dataloading.listing import list_keys
 from dataloading.packed import require_storage
 from dataloading.pixel_rules import PixelRules
 from dataloading.scanned import holds, scan_dataset
+from dataloading.split_folders import FolderChoice, NamedTree, choose_folder
 from dataloading.storage import Objects, Storage
 
 _HEADER_BYTES = 64 << 10
@@ -48,7 +53,7 @@ class ObjectsReader:
 
 def open_objects(
     root: str,
-    split: str,
+    part: Part,
     *,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
@@ -57,10 +62,10 @@ def open_objects(
     storage: Storage | None = None,
 ) -> Dataset:
     """Return loose images. Arguments and errors as `dataloading.sources.open_dataset`."""
-    listed, read = list_objects(root, split, max_rows=max_rows, storage=storage)
+    listed, read = list_objects(root, part, max_rows=max_rows, storage=storage)
     require_same(root, index, listed)
     if index is not None and holds(index, rules):
-        return Dataset(index, None, read)
+        return Dataset(index.with_notes(listed.notes), None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
     return scan_dataset(
@@ -76,36 +81,44 @@ def open_objects(
 
 
 def list_objects(
-    root: str, split: str, *, max_rows: int | None = None, storage: Storage | None = None
+    root: str, part: Part, *, max_rows: int | None = None, storage: Storage | None = None
 ) -> tuple[DatasetIndex, ObjectsReader]:
     """Return loose images as far as the list of objects tells: their sizes in pixels are not looked at."""
     objects = require_storage(root, storage)
-    everything = [(key, size) for key, size in objects.list_sizes() if is_listed(key, EXTENSIONS)]
-    here = sorted({key.split("/", 1)[0] for key, _ in everything if "/" in key})
-    direct = {key.split("/", 1)[0] for key, _ in everything if key.count("/") == 1}
-    found = choose_split(here, split, direct.__contains__)
-    if found is None:
-        expected = " or ".join(f"{root.rstrip('/')}/{name}/" for name in SPLIT_NAMES[split])
-        raise NoSplit(f"no {split} split in {root}: found {_some(here)}; expected images below {expected}")
-    name, splits = found
-    prefix = f"{name}/" if name else ""
-    files = [(key.removeprefix(prefix), size) for key, size in everything if key.startswith(prefix)]
-    if not files:
+    sizes = objects.list_sizes()
+    everything = list_keys(sizes, EXTENSIONS, Counter())
+    if not everything:
+        counts: Counter[str] = Counter()
+        list_keys(sizes, EXTENSIONS, counts)
+        found = " and ".join(note.text for note in notes.left_out(counts, "objects")) or "nothing"
         raise DatasetError(
-            f"no images in {root}: expected objects that end in {', '.join(sorted(EXTENSIONS))}. Correct the URI"
+            f"no images in {root}: found {found}; expected objects that end in {', '.join(sorted(EXTENSIONS))}. "
+            "Correct the URI"
         )
-    classes = here
-    if name:
-        classes = sorted(
-            {key.split("/", 2)[1] for key, _ in everything if key.split("/", 1)[0] in splits and key.count("/") > 1}
-        )
-    index = file_index(f"objects {root} ({split})", sorted(files)[:max_rows], classes)
+    tree = NamedTree({key.rpartition("/")[0] for key, _ in everything})
+    choices = choose_folder(tree, part, where=root)
+    source = f"objects {root} ({part.split})"
+    index, prefix = first_labelled(choices, lambda choice: _listing(source, tree, sizes, choice, max_rows))
     assert index.num_bytes_N is not None
     return index, ObjectsReader(objects, prefix, Names.of(index.names), index.num_bytes_N)
 
 
-def _some(names: list[str]) -> str:
-    return (", ".join(names[:8]) + (", …" if len(names) > 8 else "")) or "no folders"
+def _listing(
+    source: str, tree: NamedTree, sizes: list[tuple[str, int]], choice: FolderChoice, max_rows: int | None
+) -> tuple[DatasetIndex, str]:
+    left_out: Counter[str] = Counter()
+    prefix = f"{choice.base}/" if choice.base else ""
+    below = [(key.removeprefix(prefix), size) for key, size in sizes if key.startswith(prefix)]
+    files = list_keys(below, EXTENSIONS, left_out)
+    classes = {name.partition("/")[0] for name, _ in files if "/" in name}
+    classes.update(folder for other in choice.others for folder in tree.folders(other))
+    loose = [key for key, _ in list_keys(sizes, EXTENSIONS, Counter()) if "/" not in key] if prefix else []
+    told = (
+        *choice.notes,
+        *notes.unused(loose, "images directly in the root"),
+        *notes.left_out(left_out, "objects"),
+    )
+    return file_index(source, sorted(files)[:max_rows], sorted(classes), choice.is_literal, told), prefix
 
 
 def _open(read: ObjectsReader, row: int) -> BinaryIO:

@@ -24,6 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, list_digest
+from dataloading.notes import LEFT_OUT, Note
 from dataloading.pack_unit import PackTask, UnitReport, labels_of, pack_unit, report_key
 from dataloading.philox import Purpose, words
 from dataloading.pixel_rules import BEFORE_RULES, PixelRules
@@ -265,6 +266,14 @@ class _Packed:
                 self._depending[name] += 1
         self._places.append(rows[self._offset_N[rows] >= 0])
 
+    def _notes(self, num_kept: int) -> tuple[Note, ...]:
+        """Return what was told of the source, and how many damaged images were left out."""
+        lost = self._index.num_rows - num_kept
+        if not lost:
+            return self._index.notes
+        text = f"{lost:,} damaged images were left out when the images were packed ({DAMAGED} names them)"
+        return (*self._index.notes, Note(LEFT_OUT, text, lost))
+
     def manifest(self, plan: str, digest_of: str) -> tuple[ShardManifest, dict[str, str]]:
         """Return the manifest, and the reasons of the damaged images by name."""
         index, kept_K = self._index, np.flatnonzero(self._offset_N >= 0)
@@ -301,6 +310,7 @@ class _Packed:
             reasons=reasons,
             num_bytes_N=sizes_K,
             rules=self._rules,
+            notes=self._notes(len(kept_K)),
         )
         is_in_order = bool((row_of_place_K == np.arange(len(kept_K))).all())
         pieces = json.dumps([shard.pieces for shard in self._shards]).encode()

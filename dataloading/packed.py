@@ -6,7 +6,7 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import pyarrow as pa
 from dataloading.cache import Fetched
 from dataloading.headers import BadHeader, Progress, all_small, scan
 from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, image_checksum, require_same
-from dataloading.listing import SPLIT_NAMES, check_links, contents, existing_root
+from dataloading.labels import first_labelled
+from dataloading.layout import WORDS, Part
+from dataloading.listing import check_links, contents, existing_root, folders_in
 from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
 from dataloading.shards import MANIFEST, PIECE_BYTES, PLAN, ShardManifest, fingerprint_of, load_manifest
@@ -31,7 +33,7 @@ _Shards = LocalShards | RemoteShards
 
 def open_packed(
     root: str | None,
-    split: str,
+    part: Part,
     *,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
@@ -40,7 +42,7 @@ def open_packed(
     rules: PixelRules | None = None,
 ) -> Dataset:
     """Return packed images. Arguments and errors as `dataloading.sources.open_dataset`."""
-    manifest, source = open_manifest(root, split, storage)
+    manifest, source = open_manifest(root, part.split, storage)
     manifest = manifest.first_rows(max_rows or manifest.index.num_rows).under(str(root), rules)
     require_same(str(root), index, manifest.index)
     reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
@@ -60,22 +62,49 @@ def open_manifest(root: str | None, split: str, storage: Storage | None) -> tupl
     """Return the manifest of a split and what reads its shards. Raises DatasetError where there is none."""
     if root is not None and is_remote(root):
         return _open_remote(root, split, storage)
-    path = existing_root(None if root is None else local_path(root), "packed")
-    for name in (*SPLIT_NAMES[split], ""):
-        file = path / name / MANIFEST
-        if file.is_file() and (name or path.name in SPLIT_NAMES[split]):
-            check_links(file.parent, path)
-            # Mapped, not read: workers of a machine share its pages.
-            manifest = load_manifest(str(file), pa.memory_map(str(file)).read_buffer())
-            return manifest, LocalShards(file.parent, [shard.name for shard in manifest.shards])
-    require_whole(str(path), (*SPLIT_NAMES[split], ""), lambda key: (path / key).is_file())
-    expected = " or ".join(str(path / name / MANIFEST) for name in SPLIT_NAMES[split])
-    raise NoSplit(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
+    path, part = existing_root(None if root is None else local_path(root), "packed"), Part(split)
+    by_lower = {name.lower(): name for name in reversed(folders_in(path)) if (path / name / MANIFEST).is_file()}
+    names = [by_lower[name.lower()] for name in packed_names(part) if name.lower() in by_lower]
+    if (path / MANIFEST).is_file() and path.name in packed_names(part):
+        names.append("")
+    if not names:
+        require_whole(str(path), (*packed_names(part), ""), lambda key: (path / key).is_file())
+        expected = " or ".join(str(path / name / MANIFEST) for name in packed_names(part)[:4])
+        raise NoSplit(f"no packed {split} split in {path}: found {contents(path)}; expected {expected}. Pack it")
+    return _labelled(names, lambda name: _open_local(path, name))
 
 
-def packed_splits(path: Path) -> list[str]:
-    """Return the splits that are packed in a local folder."""
-    return [split for split, names in SPLIT_NAMES.items() if any((path / name / MANIFEST).is_file() for name in names)]
+def _open_local(path: Path, name: str) -> tuple[ShardManifest, _Shards]:
+    file = path / name / MANIFEST
+    check_links(file.parent, path)
+    # Mapped, not read: workers of a machine share its pages.
+    manifest = load_manifest(str(file), pa.memory_map(str(file)).read_buffer())
+    return manifest, LocalShards(file.parent, [shard.name for shard in manifest.shards])
+
+
+def _labelled(
+    names: Sequence[str], open_one: Callable[[str], tuple[ShardManifest, _Shards]]
+) -> tuple[ShardManifest, _Shards]:
+    """Return the first of several packed splits that has labels, the first one where none has."""
+
+    def listed(name: str) -> tuple[DatasetIndex, tuple[ShardManifest, _Shards]]:
+        manifest, source = open_one(name)
+        return manifest.index, (manifest, source)
+
+    index, (manifest, source) = first_labelled(names, listed)
+    return replace(manifest, index=index), source
+
+
+def packed_names(part: Part) -> tuple[str, ...]:
+    """Return how the folder of a packed split may be called, the likeliest first."""
+    if part.path is not None:
+        return (part.path,)
+    return tuple(dict.fromkeys((part.split, *(word for kind in part.kinds for word in WORDS[kind]))))
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a local folder holds packed images."""
+    return any((path / name / MANIFEST).is_file() for name in folders_in(path))
 
 
 def require_whole(where: str, folders: Iterable[str], exists: Callable[[str], bool]) -> None:
@@ -104,19 +133,20 @@ def _is_object(objects: Objects, key: str) -> bool:
 
 def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardManifest, _Shards]:
     objects = require_storage(root, storage)
-    for name in SPLIT_NAMES[split]:
-        try:
-            key = f"{name}/{MANIFEST}"
-            num_bytes = objects.size(key)
-        except FileNotFoundError:
-            continue
+    names = [name for name in packed_names(Part(split)) if _is_object(objects, f"{name}/{MANIFEST}")]
+    if not names:
+        require_whole(root, packed_names(Part(split)), lambda key: _is_object(objects, key))
+        expected = " or ".join(f"{root.rstrip('/')}/{name}/{MANIFEST}" for name in packed_names(Part(split))[:4])
+        raise NoSplit(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
+
+    def open_one(name: str) -> tuple[ShardManifest, _Shards]:
         assert storage is not None
-        manifest = load_manifest(f"{root.rstrip('/')}/{key}", _remote_buffer(objects, key, num_bytes, storage))
-        source = RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
-        return manifest, source
-    require_whole(root, SPLIT_NAMES[split], lambda key: _is_object(objects, key))
-    expected = " or ".join(f"{root.rstrip('/')}/{name}/{MANIFEST}" for name in SPLIT_NAMES[split])
-    raise NoSplit(f"no packed {split} split in {root}: expected {expected}. Pack the images, or correct the URI")
+        key = f"{name}/{MANIFEST}"
+        buffer = _remote_buffer(objects, key, objects.size(key), storage)
+        manifest = load_manifest(f"{root.rstrip('/')}/{key}", buffer)
+        return manifest, RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
+
+    return _labelled(names, open_one)
 
 
 def _remote_buffer(objects: Objects, key: str, num_bytes: int, storage: Storage) -> pa.Buffer:

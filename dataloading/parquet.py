@@ -2,16 +2,16 @@
 
     root/<split>-00000-of-00002.parquet, root/data/<split>-….parquet, root/<split>/….parquet, or one file as the root
 
-A column `image` or `img` holds the encoded images (a struct with `bytes`, or the bytes themselves); `label`,
-`fine_label` or `coarse_label` is optional. A row's name is its file and its number in it; rows are in file order.
+A column `image` or `img` holds the encoded images (a struct with `bytes`, or the bytes themselves); a column of labels
+(`parquet_labels.LABEL_COLUMNS`) is optional. A row's name is its file and its number in it; rows are in file order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,27 +20,20 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from dataloading import notes
 from dataloading.headers import Progress
-from dataloading.index import (
-    MAX_CLASSES,
-    Dataset,
-    DatasetError,
-    DatasetIndex,
-    Names,
-    NoSplit,
-    image_checksum,
-    list_digest,
-    require_same,
-)
-from dataloading.listing import SPLIT_NAMES, contents, existing_root, list_files
+from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, image_checksum, list_digest, require_same
+from dataloading.labels import Labels, first_labelled, no_labels
+from dataloading.layout import Part
+from dataloading.listing import existing_root, list_files
+from dataloading.parquet_labels import class_names, column_labels, label_column
 from dataloading.parquet_reader import ParquetReader
 from dataloading.pixel_rules import PixelRules
 from dataloading.scanned import holds, scan_dataset
+from dataloading.split_files import FilesChoice, choose_files
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "fine_label", "coarse_label")
 _CHUNK = 64
 
 
@@ -57,6 +50,8 @@ class _Files:
     """Path of the leaf column with the encoded images."""
     label: str | None
     class_names: tuple[str, ...]
+    unused: tuple[str, ...]
+    """The other columns."""
 
     @property
     def num_rows(self) -> int:
@@ -65,7 +60,7 @@ class _Files:
 
 def open_parquet(
     root: str | None,
-    split: str,
+    part: Part,
     *,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
@@ -73,59 +68,40 @@ def open_parquet(
     rules: PixelRules | None = None,
 ) -> Dataset:
     """Return the images of parquet files. Arguments and errors as `dataloading.sources.open_dataset`."""
-    files, listed, reader = _list(root, split, max_rows)
+    files, listed, reader = _list(root, part, max_rows)
     require_same(files.where, index, listed)
     if index is not None and holds(index, rules):
-        return Dataset(index, None, reader)
+        return Dataset(index.with_notes(listed.notes), None, reader)
     dataset = _scan(files, listed, reader, on_progress, rules)
     require_same(files.where, index, dataset.index)
     return dataset
 
 
-def list_parquet(root: str | None, split: str, *, max_rows: int | None = None) -> tuple[DatasetIndex, ParquetReader]:
+def list_parquet(root: str | None, part: Part, *, max_rows: int | None = None) -> tuple[DatasetIndex, ParquetReader]:
     """Return the images of parquet files as far as footers and labels tell; the digest needs the images' bytes."""
-    return _list(root, split, max_rows)[1:]
+    return _list(root, part, max_rows)[1:]
 
 
-def _list(root: str | None, split: str, max_rows: int | None) -> tuple[_Files, DatasetIndex, ParquetReader]:
-    path = existing_root(root, "parquet", Path.exists)
-    files = _open_files(path, split)
-    num_rows = files.num_rows if max_rows is None else min(max_rows, files.num_rows)
-    listed = _listing(f"parquet {path} ({split})", files, num_rows)
+def _list(root: str | None, part: Part, max_rows: int | None) -> tuple[_Files, DatasetIndex, ParquetReader]:
+    path, left_out = existing_root(root, "parquet", Path.exists), Counter[str]()
+    found = [path.name]
+    if path.is_dir():
+        found = [name for name, _ in list_files(path, path, {".parquet"}, left_out=left_out)]
+
+    def list_one(choice: FilesChoice) -> tuple[DatasetIndex, _Files]:
+        files = _open_files(path, choice.names)
+        num_rows = files.num_rows if max_rows is None else min(max_rows, files.num_rows)
+        listed = _listing(f"parquet {path} ({part.split})", files, num_rows)
+        columns = notes.unused(files.unused, "columns" if len(files.unused) > 1 else "column")
+        told = (*choice.notes, *columns, *notes.left_out(left_out))
+        return replace(listed, notes=(*told, *listed.notes)), files
+
+    listed, files = first_labelled(choose_files(found, part, where=str(path), what="parquet files"), list_one)
     return files, listed, ParquetReader(files.paths, files.starts, files.image)
 
 
-def parquet_files(root: Path, split: str) -> list[str]:
-    """Return the parquet files of a split relative to `root`, sorted; [""] where `root` is itself one of it."""
-    if root.is_file():
-        return [""] if _belongs(root.name, split) or (split == "train" and not _any_split(root.name)) else []
-    found = [name for name, _ in list_files(root, root, {".parquet"})]
-    for split_name in SPLIT_NAMES[split]:
-        if mine := [name for name in found if _is_of(name, split_name)]:
-            return mine
-    return found if split == "train" and len(found) == 1 and not _any_split(found[0]) else []
-
-
-def _is_of(name: str, split_name: str) -> bool:
-    path = Path(name)
-    return path.stem == split_name or path.stem.startswith(f"{split_name}-") or path.parent.name == split_name
-
-
-def _belongs(name: str, split: str) -> bool:
-    return any(_is_of(name, split_name) for split_name in SPLIT_NAMES[split])
-
-
-def _any_split(name: str) -> bool:
-    return any(_belongs(name, split) for split in SPLIT_NAMES)
-
-
-def _open_files(root: Path, split: str) -> _Files:
-    names = parquet_files(root, split)
-    if not names:
-        found = contents(root) if root.is_dir() else root.name
-        expected = " or ".join(f"{name}-*.parquet" for name in SPLIT_NAMES[split])
-        raise NoSplit(f"no {split} split in {root}: found {found}; expected files {expected}. Add them")
-    paths = tuple(root / name if name else root for name in names)
+def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
+    paths = tuple(root if root.is_file() else root / name for name in names)
     starts, schemas = [0], []
     for path in paths:
         try:
@@ -134,9 +110,9 @@ def _open_files(root: Path, split: str) -> _Files:
                 schemas.append(file.schema_arrow)
         except pa.ArrowException as error:
             raise DatasetError(f"{path} is not a whole parquet file ({error}); fetch or write it again") from error
-    image, label = _columns(paths[0], schemas[0])
+    image, label = _image_column(paths[0], schemas[0]), label_column(schemas[0])
     for path, schema in zip(paths, schemas, strict=True):
-        if _columns(path, schema) != (image, label):
+        if (_image_column(path, schema), label_column(schema)) != (image, label):
             raise DatasetError(
                 f"{path}: found columns {schema.names}, expected those of {paths[0]}: {schemas[0].names}. Keep other "
                 "data sets in other folders"
@@ -145,54 +121,40 @@ def _open_files(root: Path, split: str) -> _Files:
         raise DatasetError(
             f"no images in {root}: found {len(paths)} parquet files of no rows; expected at least one row"
         )
-    class_names = _class_names(schemas[0], label)
-    short_names = tuple(name or root.name for name in names)
-    return _Files(str(root), paths, short_names, tuple(starts), image, label, class_names)
+    used = {image.partition(".")[0], label}
+    unused = tuple(name for name in schemas[0].names if name not in used)
+    return _Files(str(root), paths, names, tuple(starts), image, label, class_names(schemas[0], label), unused)
 
 
-def _columns(path: Path, schema: pa.Schema) -> tuple[str, str | None]:
-    """Return the leaf column of the images and the column of the labels, if any."""
-    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-    if label is not None and not pa.types.is_integer(schema.field(label).type):
-        label = None
+def _image_column(path: Path, schema: pa.Schema) -> str:
+    """Return the leaf column of the images."""
     for name in IMAGE_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
             if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-                return name, label
+                return name
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                return f"{name}.bytes", label
+                return f"{name}.bytes"
     raise DatasetError(
         f"{path}: found columns {', '.join(schema.names)}; expected a column {' or '.join(IMAGE_COLUMNS)} with the "
         "encoded images (a struct with `bytes`). Rename the column, or write the images as a folder"
     )
 
 
-def _class_names(schema: pa.Schema, label: str | None) -> tuple[str, ...]:
-    """Return the class names of the Hugging Face metadata, () where there are none."""
-    try:
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        return tuple(str(name) for name in about["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()
-
-
 def _listing(source: str, files: _Files, num_rows: int) -> DatasetIndex:
     """Return the index as far as footers and labels tell it: without looking at the images."""
-    labels_N = _labels(files, num_rows)
-    class_names = files.class_names if labels_N is not None else ()
-    if labels_N is not None and not class_names:
-        class_names = tuple(str(label) for label in range(int(labels_N.max()) + 1))
+    labels = _labels(files, num_rows)
     return DatasetIndex(
         source=source,
         names=Names.of(_row_names(files, num_rows)),
         heights_N=np.zeros(num_rows, dtype=np.int32),
         widths_N=np.zeros(num_rows, dtype=np.int32),
-        labels_N=labels_N,
-        class_names=class_names,
+        labels_N=labels.labels_N,
+        class_names=labels.class_names,
         bad_N=np.zeros(num_rows, dtype=np.bool_),
         digest="",
         files={name: path.stat().st_size for name, path in zip(files.names, files.paths, strict=True)},
+        notes=labels.notes,
     )
 
 
@@ -202,26 +164,21 @@ def _row_names(files: _Files, num_rows: int) -> Iterator[str]:
         yield f"{files.names[file]}/{row - files.starts[file]}"
 
 
-def _labels(files: _Files, num_rows: int) -> NDArray[np.int64] | None:
-    """Return the labels of the first `num_rows` rows; None where one of them has none (missing or negative)."""
+def _labels(files: _Files, num_rows: int) -> Labels:
     if files.label is None:
-        return None
-    column = pa.chunked_array(
-        [chunk for path in files.paths for chunk in pq.ParquetFile(path).read([files.label]).column(0).chunks]
-    )[:num_rows]
-    if column.null_count:
-        return None
-    labels_N = column.to_numpy().astype(np.int64)
-    if labels_N.min() < 0:
-        return None
-    limit = len(files.class_names) or MAX_CLASSES
-    if labels_N.max() >= limit:
-        row = int(labels_N.argmax())
-        raise DatasetError(
-            f"{files.where}, column {files.label}, row {row}: found label {labels_N[row]}, expected below {limit:,}. "
-            "Correct or remove the column"
-        )
-    return labels_N
+        return no_labels(f"{files.names[0]} has no column of labels")
+    columns = [pq.ParquetFile(path).read([files.label]).column(0) for path in files.paths]
+    kinds = list(dict.fromkeys(column.type for column in columns))
+    if len(kinds) > 1 and not all(map(pa.types.is_integer, kinds)):
+        return no_labels(f"column {files.label} holds {' in one file, '.join(map(str, kinds))} in another")
+    kind = kinds[0] if len(kinds) == 1 else pa.int64()
+    column = pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)[:num_rows]
+
+    def place(row: int) -> str:
+        file = bisect_right(files.starts, row) - 1
+        return f"{files.names[file]}, row {row - files.starts[file]}"
+
+    return column_labels(column, files.label, files.class_names, place)
 
 
 def _scan(

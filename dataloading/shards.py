@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dataloading import notes
 from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
 from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
@@ -121,6 +122,7 @@ class ShardManifest:
                 reasons={row: reason for row, reason in index.reasons.items() if row < num_rows},
                 num_bytes_N=index.num_bytes_N[kept],
                 rules=index.rules,
+                notes=index.notes,
             ),
             shards=tuple(Shard(s.name, s.num_bytes, num, s.pieces) for s, num in zip(self.shards, rows_S, strict=True)),
             shard_N=self.shard_N[kept],
@@ -180,6 +182,7 @@ class ShardManifest:
             "digest_of": self.digest_of,
             "class_names": index.class_names,
             "reasons": {str(row): reason for row, reason in index.reasons.items()},
+            "notes": [note.to_plain() for note in index.notes],
             "piece_bytes": PIECE_BYTES,
             "pixels": asdict(index.rules),
             "depending": self.depending,
@@ -241,6 +244,7 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         bad_N=values["bad"].view(np.bool_),
         digest=about["digest"],
         reasons={whole_number(row): reason for row, reason in about["reasons"].items()},
+        notes=notes.from_plain(about.get("notes", ())),
         num_bytes_N=values["length"] if about["digest_of"] != "pixels" else heights_N.astype(np.int64) * widths_N * 3,
         rules=PixelRules.stated(about.get("pixels")),
     )

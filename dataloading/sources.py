@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -12,11 +13,12 @@ from dataloading.choices import REMOTE_KINDS, SOURCE_KINDS
 from dataloading.cifar import KINDS, cifar_root, open_cifar
 from dataloading.folder import list_folder, open_folder
 from dataloading.headers import EXTENSIONS, Progress
-from dataloading.index import Dataset, DatasetError, DatasetIndex, Reader, dataset_of_pixels, require_same
-from dataloading.listing import SPLIT_NAMES, contents, existing_root, is_listed, list_files
+from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, Reader, dataset_of_pixels, require_same
+from dataloading.layout import KIND_OF_WORD, RULE, SPLITS, Part
+from dataloading.listing import contents, existing_root, is_listed, list_files
 from dataloading.objects import list_objects, open_objects
-from dataloading.packed import open_manifest, open_packed, packed_splits, require_storage, require_whole
-from dataloading.parquet import list_parquet, open_parquet, parquet_files
+from dataloading.packed import is_packed, open_manifest, open_packed, require_storage, require_whole
+from dataloading.parquet import list_parquet, open_parquet
 from dataloading.pixel_rules import PixelRules
 from dataloading.pixels import PixelsReader
 from dataloading.shard_reader import ShardReader
@@ -37,7 +39,8 @@ class SourceImages:
 
 SCANNED_KINDS = ("folder", "webdataset")
 """Opened without a saved index, images of these kinds have their headers read, one after the other."""
-_SPLIT_FOLDERS = (*(name for names in SPLIT_NAMES.values() for name in names), "")
+_HUB_NAME = re.compile(rf"(?:^|[-_.])(?:{'|'.join(KIND_OF_WORD)})[-_.]\d+[^/]*\.parquet$", re.IGNORECASE)
+_SPLIT_FOLDERS = (*KIND_OF_WORD, "")
 """Where packed images may lie below a root."""
 
 
@@ -46,6 +49,8 @@ def open_dataset(
     root: str | None,
     split: str,
     *,
+    config: str | None = None,
+    layout_rule: int = RULE,
     max_rows: int | None = None,
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
@@ -57,31 +62,32 @@ def open_dataset(
 
     kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is, the two CIFAR kinds are also read from the parquet
     files in which hubs hold them. root: the data root, a folder or a URI that `storage` opens; None only for the demo
-    images. split: "train" or "test". max_rows: take only the first rows. index: a saved index; the images' headers are
-    not read again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images
-    are looked at. download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached. rules: how
-    pixels are made of the images' bytes; None: as a saved index or packed images state, else the present ones.
+    images. split: "train", "test" or another name, config: a configuration, layout_rule: as `dataloading.layout.Part`
+    has them. max_rows: take only the first rows. index: a saved index; the images' headers are not read again, and
+    DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are looked at.
+    download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached. rules: how pixels are made of
+    the images' bytes; None: as a saved index or packed images state, else the present ones.
 
     Raises DatasetError (a ValueError) for what a person can correct, OSError where files cannot be read.
     """
-    kind, root = _resolve(kind, root, split, max_rows, storage)
+    kind, root, part = *_resolve(kind, root, max_rows, storage), Part(split, config, layout_rule)
     rows: _Rows = {"max_rows": max_rows, "index": index}
     if kind == "packed":
-        return open_packed(root, split, **rows, on_progress=on_progress, storage=storage, rules=rules)
+        return open_packed(root, part, **rows, on_progress=on_progress, storage=storage, rules=rules)
     rules = rules or (PixelRules() if index is None else index.rules)
     seen: _Seen = {**rows, "on_progress": on_progress, "rules": rules}
     if kind == "webdataset":
-        return open_webdataset(root, split, **seen, storage=storage)
+        return open_webdataset(root, part, **seen, storage=storage)
     if kind == "folder" and root is not None and is_remote(root):
-        return open_objects(root, split, **seen, storage=storage)
+        return open_objects(root, part, **seen, storage=storage)
     if kind == "folder":
-        return open_folder(root, split, **seen)
+        return open_folder(root, part, **seen)
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
-        return open_parquet(root, split, **seen)
+        return open_parquet(root, part, **seen)
     if kind == "demo":
-        dataset = _open_demo(split, max_rows, index, None if storage is None else storage.cache)
+        dataset = _open_demo(_of_two(part, "demo"), max_rows, index, None if storage is None else storage.cache)
     else:
-        dataset = open_cifar(KINDS[kind], cifar_root(KINDS[kind], root, download=download), split, **rows)
+        dataset = open_cifar(KINDS[kind], cifar_root(KINDS[kind], root, download=download), _of_two(part, kind), **rows)
     return replace(dataset, index=replace(dataset.index, rules=rules))  # pixels that are no files obey any rules
 
 
@@ -90,6 +96,8 @@ def list_images(
     root: str | None,
     split: str,
     *,
+    config: str | None = None,
+    layout_rule: int = RULE,
     max_rows: int | None = None,
     download: bool = False,
     storage: Storage | None = None,
@@ -100,28 +108,36 @@ def list_images(
     images' bytes, is empty. Images that the source holds decoded are read as PNG. Arguments and errors as
     `open_dataset`; what the digest covers is one of `shards.DIGESTS`.
     """
-    kind, root = _resolve(kind, root, split, max_rows, storage)
+    kind, root, part = *_resolve(kind, root, max_rows, storage), Part(split, config, layout_rule)
     if kind == "packed":
         manifest, source = open_manifest(root, split, storage)
         manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
         read = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
         return SourceImages(manifest.index, read, manifest.digest_of)
     if kind == "webdataset":
-        return SourceImages(*list_webdataset(root, split, max_rows=max_rows, storage=storage), "list")
+        return SourceImages(*list_webdataset(root, part, max_rows=max_rows, storage=storage), "list")
     if kind == "folder" and root is not None and is_remote(root):
-        return SourceImages(*list_objects(root, split, max_rows=max_rows, storage=storage), "list")
+        return SourceImages(*list_objects(root, part, max_rows=max_rows, storage=storage), "list")
     if kind == "folder":
-        return SourceImages(*list_folder(root, split, max_rows=max_rows), "list")
+        return SourceImages(*list_folder(root, part, max_rows=max_rows), "list")
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
-        return SourceImages(*list_parquet(root, split, max_rows=max_rows), "checksums")
-    dataset = open_dataset(kind, root, split, max_rows=max_rows, download=download)
+        return SourceImages(*list_parquet(root, part, max_rows=max_rows), "checksums")
+    dataset = open_dataset(kind, root, split, config=config, max_rows=max_rows, download=download)
     assert dataset.pixels_NHWC is not None
     return SourceImages(dataset.index, PixelsReader(dataset.pixels_NHWC), "pixels")
 
 
-def kind_of(kind: str, root: str | None, split: str, storage: Storage | None = None) -> str:
+def kind_of(kind: str, root: str | None, storage: Storage | None = None) -> str:
     """Return the kind of the images: "auto" found out, any other as it is. Arguments and errors as `open_dataset`."""
-    return _resolve(kind, root, split, None, storage)[0]
+    return _resolve(kind, root, None, storage)[0]
+
+
+def _of_two(part: Part, kind: str) -> str:
+    """Return "train" or "test", all that some kinds have. Raises NoSplit for another name."""
+    if not part.kinds or part.config is not None:
+        asked = f"configuration {part.config!r}" if part.kinds else f"split {part.split!r}"
+        raise NoSplit(f"{kind}: found {asked}, expected the split train or test; {kind} has no others")
+    return "test" if "val" in part.kinds else "train"
 
 
 class _Rows(TypedDict):
@@ -134,14 +150,10 @@ class _Seen(_Rows):
     rules: PixelRules
 
 
-def _resolve(
-    kind: str, root: str | None, split: str, max_rows: int | None, storage: Storage | None
-) -> tuple[str, str | None]:
+def _resolve(kind: str, root: str | None, max_rows: int | None, storage: Storage | None) -> tuple[str, str | None]:
     """Check what was asked; return the kind, "auto" found out, and the root, a path without file://."""
     if kind not in SOURCE_KINDS:
         raise DatasetError(f"kind of data: found {kind!r}, expected one of {', '.join(SOURCE_KINDS)}")
-    if split not in SPLIT_NAMES:
-        raise DatasetError(f"split: found {split!r}, expected one of {', '.join(SPLIT_NAMES)}")
     if max_rows is not None and max_rows < 1:
         raise DatasetError(f"max_rows: found {max_rows}, expected at least 1, or None for all rows")
     if root is not None and is_remote(root):
@@ -165,12 +177,13 @@ def _resolve(
 
 def _recognise_remote(root: str, storage: Storage | None) -> str:
     objects = require_storage(root, storage)
-    for names in SPLIT_NAMES.values():
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                objects.size(f"{name}/{MANIFEST}")
-                return "packed"
+    for name in (*SPLITS, "val"):
+        with contextlib.suppress(FileNotFoundError):
+            objects.size(f"{name}/{MANIFEST}")
+            return "packed"
     keys = [key for key, _ in objects.list_sizes()]
+    if any(key.count("/") == 1 and key.endswith(f"/{MANIFEST}") for key in keys):
+        return "packed"
     require_whole(root, _SPLIT_FOLDERS, set(keys).__contains__)
     if not keys:
         raise DatasetError(f"data root {root}: found no objects; correct the URI, or put images there")
@@ -199,7 +212,7 @@ def recognise(root: str | None) -> str:
         if path.suffix.lower() == ".parquet":
             return "parquet"
         raise DatasetError(f"data root {path}: found a file, expected a folder or a .parquet file")
-    if packed_splits(path):
+    if is_packed(path):
         return "packed"
     require_whole(str(path), _SPLIT_FOLDERS, lambda key: (path / key).is_file())
     for kind, cifar in KINDS.items():
@@ -213,17 +226,14 @@ def recognise(root: str | None) -> str:
         return "folder"
     if list_files(path, path, {".tar"}, first_only=True):
         return "webdataset"
-    if any(parquet_files(path, split) for split in SPLIT_NAMES):
+    if list_files(path, path, {".parquet"}, first_only=True):
         return "parquet"
     raise _unknown(path)
 
 
 def _is_hub_folder(path: Path) -> bool:
-    """Whether parquet files lie where hubs put them: named by split, in the root or its folder `data`."""
-    split_names = [name for names in SPLIT_NAMES.values() for name in names]
-    return any(
-        found for folder in (path, path / "data") for name in split_names for found in folder.glob(f"{name}-*.parquet")
-    )
+    """Whether parquet files lie where hubs put them, with a split and a number in their names: root or root/data."""
+    return any(_HUB_NAME.search(file.name) for folder in (path, path / "data") for file in folder.glob("*.parquet"))
 
 
 def _unknown(path: Path) -> DatasetError:

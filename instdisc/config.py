@@ -93,6 +93,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "recipe",
         "data.kind",
         "data.root",
+        "data.config",
         "data.download",
         "data.max_bad_share",
         "data.backend",

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.credentials import without_credentials
 from dataloading.choices import BACKENDS, DEEP_SAMPLES, ORDERS, ORIENTATIONS, SOURCE_KINDS
-from dataloading.listing import SPLIT_NAMES
+from dataloading.layout import RULE
 from dataloading.order import OrderConfig
 from dataloading.pixel_rules import BEFORE_RULES, PixelRules
 from instdisc.overrides import BEFORE
@@ -23,7 +23,6 @@ METRICS = {"knn_top1": "higher", "knn_bank_top1": "higher"}
 """What evaluations measure, and which values of it are better."""
 STEP_COUNTS = ("exact", "rounded")
 OVERLAPS = ("skip", "wait")
-SPLITS = tuple(SPLIT_NAMES)
 
 
 class ConfigError(ValueError):
@@ -48,9 +47,15 @@ class DataConfig:
     download: bool = False
     """For the kinds "cifar10" and "cifar100": fetch the images where `root` is missing or empty."""
     train_split: str = "train"
-    """Split that is trained on and that the gallery of kNN is made of."""
+    """Split that is trained on and that the gallery of kNN is made of: a word such as train, a name of your own, a path
+    below the root such as ./train, or "." for all images of the root with its folders as classes."""
     test_split: str = "test"
-    """Split whose images are the queries of kNN."""
+    """Split whose images are the queries of kNN: named as `train_split` is; "test" means val where there is none."""
+    config: str | None = None
+    """Configuration, where the root holds several data sets: a folder or a word of their names; "." for all of them."""
+    layout_rule: int = field(default=RULE, metadata={BEFORE: 1})
+    """Version of the rule by which splits, configurations and classes are found (dataloading/README.md). A run keeps
+    that of its start."""
     max_rows: int | None = None
     """Train on the first so many images only."""
     max_test_rows: int | None = None
@@ -92,8 +97,10 @@ class DataConfig:
                 "a URI without a user name, password or signature: it is stored with the run. Set them in the "
                 "environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, …)",
             ),
-            ("train_split", self.train_split, self.train_split in SPLITS, f"one of {', '.join(SPLITS)}"),
-            ("test_split", self.test_split, self.test_split in SPLITS, f"one of {', '.join(SPLITS)}"),
+            ("train_split", self.train_split, bool(self.train_split.strip()), "the name of a split"),
+            ("test_split", self.test_split, bool(self.test_split.strip()), "the name of a split"),
+            ("config", self.config, self.config is None or bool(self.config.strip()), "a name, or none"),
+            ("layout_rule", self.layout_rule, self.layout_rule in (1, RULE), f"1 or {RULE}"),
             ("backend", self.backend, self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             ("orientation", self.orientation, self.orientation in ORIENTATIONS, f"one of {', '.join(ORIENTATIONS)}"),
             ("deep_samples", self.deep_samples, self.deep_samples in DEEP_SAMPLES, f"one of {', '.join(DEEP_SAMPLES)}"),

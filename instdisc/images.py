@@ -36,6 +36,8 @@ def open_images(
         data.kind,
         data.root,
         split,
+        config=data.config,
+        layout_rule=data.layout_rule,
         max_rows=max_rows,
         index=index,
         on_progress=on_progress,

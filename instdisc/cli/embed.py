@@ -15,7 +15,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("embed", help="write the features of images as a NumPy file")
     parser.add_argument("uri", metavar="RUN", help="folder or URI of the run")
     parser.add_argument("source", metavar="SRC", nargs="?", help="images to embed (default: the run's own)")
-    parser.add_argument("--split", default="train", help="split of the images (default: train)")
+    parser.add_argument("--split", default="train", help="split of the images, any name (default: train)")
+    parser.add_argument("--config", help="configuration, where SRC holds several data sets")
     parser.add_argument("--out", default="features.npy", help="file to write (default: features.npy)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
@@ -38,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     encoder = load_encoder(options.uri, device="auto")
     data = encoder.config.data
     if options.source:
-        dataset = open_images(DataConfig(root=options.source, **asdict(data.pixel_rules)), options.split)
+        data = DataConfig(root=options.source, config=options.config, **asdict(data.pixel_rules))
+        dataset = open_images(data, options.split)
     else:
         rows = data.max_rows if options.split == data.train_split else data.max_test_rows
         dataset = open_images(data, options.split, max_rows=rows)
@@ -56,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         "dim": features_ND.shape[1],
         "source": dataset.index.source,
         "digest": dataset.index.digest,
+        "notes": [note.to_plain() for note in dataset.index.notes],
         "seconds": round(time.monotonic() - started_s, 2),
     }
     text = f"{out}: {len(features_ND):,} features of {features_ND.shape[1]} numbers, {document['seconds']} s"

@@ -7,8 +7,12 @@ import json
 import time
 from typing import Any
 
+from dataloading.notes import LABELS
 from instdisc.cli.output import output_file, printable
 from instdisc.config_sections import SOURCE_KINDS
+
+_BY = {"headers": "damaged by their headers", "pixels": "damaged", "packing": "damaged when they were packed"}
+_HEADERS_ONLY = "  only the headers were read: training finds what is damaged behind them, `instdisc pack` finds it now"
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -18,7 +22,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "source", metavar="SRC", help="folder or URI of images, packed images, tars, CIFAR or parquet files"
     )
     parser.add_argument("--kind", choices=SOURCE_KINDS, default="auto", help="what SRC holds (default: auto)")
-    parser.add_argument("--split", default="train", help="split to look at (default: train)")
+    parser.add_argument("--split", default="train", help="split to look at, any name or path (default: train)")
+    parser.add_argument("--config", help="configuration, where SRC holds several data sets")
     parser.add_argument("--out", metavar="FILE", help="write the index as a parquet file")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=run)
@@ -34,15 +39,19 @@ def run(options: argparse.Namespace) -> int:
 
     started_s = time.monotonic()
     out = output_file(options.out) if options.out else None
-    index = open_images(DataConfig(kind=options.kind, root=options.source), options.split, as_packed=True).index
+    data = DataConfig(kind=options.kind, root=options.source, config=options.config)
+    dataset = open_images(data, options.split, as_packed=True)
+    index = dataset.index
     if out:
         index.save(out)
     document = {
         "source": index.source,
         "num_rows": index.num_rows,
         "num_bad": int(index.bad_N.sum()),
+        "bad_by": dataset.looked_at,
         "bad": {index.names[row]: reason for row, reason in index.reasons.items()},
         "classes": list(index.class_names) if index.labels_N is not None else None,
+        "notes": [note.to_plain() for note in index.notes],
         "digest": index.digest,
         "pixels": asdict(index.rules),
         "seconds": round(time.monotonic() - started_s, 2),
@@ -53,12 +62,16 @@ def run(options: argparse.Namespace) -> int:
 
 def _as_text(document: dict[str, Any], out: str | None) -> str:
     classes = document["classes"]
-    known = f"{len(classes)} classes" if classes else "no labels"
+    # Why there are no labels belongs to the one line that says so.
+    why = [note["text"] for note in document["notes"] if note["kind"] == LABELS and not classes]
+    known = f"{len(classes)} classes" if classes else printable("; ".join(why)) or "no labels"
     lines = [
-        f"{document['source']}: {document['num_rows']:,} images, {known}, {document['num_bad']} damaged "
-        f"({document['seconds']} s)",
+        f"{document['source']}: {document['num_rows']:,} images, {known}, {document['num_bad']} "
+        f"{_BY[document['bad_by']]} ({document['seconds']} s)",
         f"  digest {document['digest']}",
     ]
+    lines += [f"  {printable(note['text'])}" for note in document["notes"] if note["text"] not in why]
+    lines += [_HEADERS_ONLY] if document["bad_by"] == "headers" else []
     lines += [
         f"  damaged: {printable(name)}: {printable(reason)}" for name, reason in list(document["bad"].items())[:20]
     ]

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
     import torch
 
+    from dataloading.notes import LABELS
     from instdisc.embedding import embed_here
     from instdisc.evaluate.knn import knn_classify, top1
     from instdisc.images import open_images
@@ -38,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     test = open_images(data, data.test_split, max_rows=data.max_test_rows)
     existing_run(options.uri).require_same_dataset(train.index)
     if train.index.labels_N is None or test.index.labels_N is None:
-        raise RunError(f"{train.index.source} and {test.index.source}: found no labels, which kNN accuracy needs")
+        why = [f"{d.index.source}: {note.text}" for d in (train, test) for note in d.index.notes if note.kind == LABELS]
+        raise RunError(f"kNN accuracy needs labels of training and test images; found {'; '.join(why) or 'none'}")
     progress = Progress()
     try:
         gallery_ND, queries_QD = (embed_here(encoder, d, progress.update) for d in (train, test))

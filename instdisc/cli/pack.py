@@ -12,7 +12,7 @@ from typing import Any
 from dataloading.choices import DEEP_SAMPLES, ORIENTATIONS
 from instdisc.cli.output import printable
 from instdisc.command_line import command_line
-from instdisc.config_sections import SOURCE_KINDS, SPLITS
+from instdisc.config_sections import SOURCE_KINDS
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -28,9 +28,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("target", metavar="DST", help="folder or URI to pack into")
     parser.add_argument("--kind", choices=SOURCE_KINDS, default="auto", help="what SRC holds (default: auto)")
-    parser.add_argument(
-        "--split", choices=(*SPLITS, "all"), default="all", help="split to pack (default: all there are)"
-    )
+    parser.add_argument("--split", default="all", help="split to pack, any name (default: train and test)")
+    parser.add_argument("--config", help="configuration, where SRC holds several data sets")
     parser.add_argument("--shard-mb", type=float, default=64.0, help="size of a shard in 10^6 bytes (default: 64)")
     parser.add_argument("--keep-bad", action="store_true", help="pack damaged images too, marked as damaged")
     parser.add_argument(
@@ -63,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """Pack, telling the progress on standard error, and print what was packed."""
     from cluster.store import Store
     from dataloading.index import DatasetError, NoSplit
+    from dataloading.layout import SPLITS, Part
     from dataloading.pack import pack
     from dataloading.pixel_rules import PixelRules
     from dataloading.sources import list_images
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     started_s, documents, missing = time.monotonic(), [], None
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
-            images = list_images(options.kind, source, split, storage=storage_of())
+            images = list_images(options.kind, source, split, config=options.config, storage=storage_of())
         except NoSplit as error:
             missing = missing or error
             continue
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
             packed = pack(
                 images,
                 Store(target),
-                split,
+                Part(split).folder,
                 parallel=parallel,
                 shard_mb=options.shard_mb,
                 shuffle=not in_order,
@@ -101,6 +101,7 @@ def run(options: argparse.Namespace) -> int:
             {
                 "split": split,
                 "source": images.index.source,
+                "notes": [note.to_plain() for note in images.index.notes],
                 "num_rows": packed.num_rows,
                 "num_shards": packed.num_shards,
                 "num_bytes": packed.num_bytes,
@@ -146,6 +147,7 @@ def _as_text(document: dict[str, Any], keep_bad: bool) -> str:
             f"{'and marked' if keep_bad else 'and left out'}"
         )
         lines.append(f"  digest {part['digest']}")
+        lines += [f"  {printable(note['text'])}" for note in part["notes"]]
         lines += [
             f"  damaged: {printable(name)}: {printable(reason)}" for name, reason in list(part["bad"].items())[:10]
         ]

@@ -53,7 +53,13 @@ def run(options: argparse.Namespace) -> int:
     already, stored = Run(uri).result(), Run(uri).config()
     if stored is None:
         refuse_idle(config, overrides)  # a run that was begun with such an option goes on
-    progress = Progress()
+    progress, notes = Progress(), []
+
+    def on_event(event: dict[str, Any]) -> None:
+        if "note" in event and event["note"] not in notes:  # those that start anew tell it again
+            notes.append(event["note"])
+        progress.update(event)
+
     try:
         result = fit(
             config,
@@ -61,12 +67,13 @@ def run(options: argparse.Namespace) -> int:
             workers=options.workers or default_workers(stored or config),
             launcher=options.launcher,
             address=options.address,
-            on_event=progress.update,
+            on_event=on_event,
         )
     finally:
         progress.close()
     if options.json:
-        print(json.dumps({"uri": uri, "step": result.step, "finished": result.finished, "metrics": result.metrics}))
+        document = {"uri": uri, "step": result.step, "finished": result.finished, "metrics": result.metrics}
+        print(json.dumps({**document, "notes": notes}))
     elif result.finished:
         print(summary(result, uri, was_finished=already is not None))
     else:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from cluster.worker import Worker
-from dataloading.index import Dataset, DatasetChanged, DatasetError
+from dataloading.index import Dataset, DatasetChanged, DatasetError, NoSplit
+from dataloading.layout import AmbiguousLayout
 from dataloading.pixel_rules import PixelRules
 from dataloading.sources import SCANNED_KINDS, kind_of
 from instdisc.config import TrainConfig
+from instdisc.config_sections import DataConfig
 from instdisc.images import open_images, storage_of
 from instdisc.progress import ImagesTold
 from instdisc.runs import Run, RunError
@@ -26,7 +28,7 @@ def open_train_set(worker: Worker, config: TrainConfig, run: Run) -> Dataset:
     that goes on keeps its own.
     """
     data = config.data
-    data = replace(data, kind=kind_of(data.kind, data.root, data.train_split, storage_of(data)))
+    data = replace(data, kind=kind_of(data.kind, data.root, storage_of(data)))
     is_scanned = data.kind in SCANNED_KINDS
     dataset = None
     if worker.rank == 0:
@@ -68,11 +70,26 @@ def _other_rules(dataset: Dataset) -> str:
     )
 
 
+def tell_notes(worker: Worker, name: str, dataset: Dataset | None) -> None:
+    """Tell what was taken for what and what is left out of the training or test images."""
+    for note in () if dataset is None else dataset.index.notes:
+        told = {"images": name, **note.to_plain()}
+        worker.emit({"kind": "message", "text": f"{name} images: {note.text}", "keep": True, "note": told})
+
+
 def open_test_set(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> Dataset | None:
-    """Return the test images, None where there are none; `on_missing` is told why."""
+    """Return the test images, None where there are none; `on_missing` is told why.
+
+    Raises AmbiguousLayout where it is not clear which they are, and NoSplit where a split of another name than the
+    usual one is not there: what a person named is never left out.
+    """
     try:
         return open_images(config.data, config.data.test_split, max_rows=config.data.max_test_rows)
+    except AmbiguousLayout:
+        raise
     except DatasetError as error:
+        if isinstance(error, NoSplit) and config.data.test_split != DataConfig().test_split:
+            raise
         if on_missing:
             on_missing(str(error))
         return None

@@ -19,7 +19,13 @@ from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, multiples_passed, num_steps
 from instdisc.train.bank_health import BankHealth, measure
 from instdisc.train.evaluation import Evaluation, EvaluationInterrupted, KnnEvaluator
-from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images, with_rules_of
+from instdisc.train.image_sets import (
+    open_test_set,
+    open_train_set,
+    require_same_images,
+    tell_notes,
+    with_rules_of,
+)
 from instdisc.train.metrics import check_collapse, check_finite, finite_or_none
 from instdisc.train.monitor import Monitor
 from instdisc.train.neighbours import draw_neighbours
@@ -46,6 +52,8 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
         config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
     )
     require_same_images(worker, train_set, test_set)
+    tell_notes(worker, "training", train_set)
+    tell_notes(worker, "test", test_set)
     training = Training(worker, config, run, train_set, test_set)
     try:
         return training.run_to_end()

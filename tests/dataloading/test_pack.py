@@ -647,8 +647,8 @@ def test_a_tar_that_is_damaged_in_its_middle_is_refused(tmp_path, damage):
 
 @pytest.mark.parametrize("label", [b"4000000000", b"9" * 25])
 def test_a_label_that_would_need_all_memory_is_refused(tmp_path, label):
-    tar_of_images(tmp_path / "train-0.tar", [label])
-    with pytest.raises(DatasetError, match=r"0\.cls: found label .*expected below 1,048,576"):
+    tar_of_images(tmp_path / "train-0.tar", [label] * 8)
+    with pytest.raises(DatasetError, match=r"label of train-0\.tar/0\.\w+: found label .*below 1,048,576"):
         open_dataset("webdataset", str(tmp_path), "train")
 
 

@@ -122,10 +122,14 @@ def test_images_without_class_folders_have_no_labels(tmp_path):
     assert index.class_names == ()
 
 
-def test_a_class_called_train_is_a_class(tmp_path):
+def test_a_class_called_train_is_refused_until_it_is_said_to_be_one(tmp_path):
     for name in ("bus", "train"):
         write(tmp_path / name / "1.png", encoded(pixels_of(8, 8)))
-    assert open_dataset("folder", str(tmp_path), "train").index.class_names == ("bus", "train")
+    with pytest.raises(DatasetError, match=r'a split, or one of the classes\? Classes: --data\.train_split "\."'):
+        open_dataset("folder", str(tmp_path), "train")
+    assert open_dataset("folder", str(tmp_path), ".").index.class_names == ("bus", "train")
+    assert list(open_dataset("folder", str(tmp_path), "./train").index.names) == ["1.png"]
+    assert open_dataset("folder", str(tmp_path), "train", layout_rule=1).index.class_names == ("bus", "train")
 
 
 def test_hidden_files_other_files_and_pipes_are_ignored(photos):
@@ -460,14 +464,18 @@ def test_mistakes_are_named(tmp_path, photos):
     root, nowhere = str(photos), str(tmp_path / "nowhere")
     for arguments, message in (
         (("tar", root, "train"), "kind of data: found 'tar', expected one of auto, folder"),
-        (("auto", root, "valid"), "split: found 'valid', expected one of train, test"),
+        (("auto", root, "dark"), "no dark split in .*: found train, val; expected a folder called dark.*--split NAME"),
+        (("auto", root, "../dark"), "split: found '../dark', expected a name"),
         (("folder", None, "train"), "found no data root"),
         (("auto", nowhere, "train"), "nowhere does not exist; found beside it: broken, empty, photos"),
         (("folder", nowhere, "train"), "nowhere does not exist"),
         (("auto", str(empty), "train"), "no images in .*empty: found nothing"),
         (("folder", str(empty), "train"), "no images in .*empty: found nothing"),
-        (("parquet", str(empty), "train"), "no train split in .*empty: found nothing; expected files train-"),
-        (("folder", str(photos / "train"), "test"), "no test split in .*: found cat, dog; expected the folder"),
+        (
+            ("parquet", str(empty), "train"),
+            "no train split in .*empty: found nothing; expected parquet files",
+        ),
+        (("folder", str(photos / "train"), "test"), "no test split in .*: found cat, dog; expected a folder"),
         (("folder", str(photos / "train/cat/deep/0.JPEG"), "train"), "found a file, expected a folder"),
         (("auto", str(photos / "train/cat/deep/0.JPEG"), "train"), "found a file, expected a folder"),
         (("folder", str(tmp_path / "broken"), "train"), r"none of the 1 images .* a\.png: no image in a known format"),
