@@ -94,6 +94,8 @@ EFFECTS: dict[str, Effect] = {
     "data.download": _FETCHED,
     "data.train_split": ALWAYS,
     "data.test_split": ALWAYS,
+    "data.config": _READ_FROM_ROOT,
+    "data.layout_rule": ALWAYS,
     "data.max_rows": ALWAYS,
     "data.max_test_rows": ALWAYS,
     "data.backend": ALWAYS,
