@@ -12,18 +12,22 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from contextlib import closing
 
 from dataloading.block_order import BlockOrder, ShardUse
 from dataloading.cache import OVERDUE_S, Fetched
 from dataloading.index import ShardLayout
+from dataloading.io_threads import IoThreads
 from dataloading.order import Order
-from dataloading.shard_reader import RemoteShards
+from dataloading.shard_reader import DownloadStopped, RemoteShards
 
 _LOG = logging.getLogger("instdisc.downloads")
 _SHARDS_AT_ONCE = 2
 _TICK_S = 0.5
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = _TICK_S, 10.0
+"""Between tries to find room: each looks at all files of the cache, and room comes when a shard's use is over."""
 _REFRESH_S = OVERDUE_S / 6
 _FIRST_GUESS_S_PER_STEP = 0.1
 HEAD_START_S = 30.0
@@ -43,7 +47,6 @@ class ShardDownloads:
         self._step = self._ahead = 0
         self._clock = (0, time.time())
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def start(self, step: int) -> None:
         """Begin, or begin anew, at a step."""
@@ -51,8 +54,7 @@ class ShardDownloads:
         self._stop = threading.Event()
         self._step = self._ahead = step
         self._clock = (step, time.time())
-        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="download-shards", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(self._stop,), name="download-shards", daemon=True).start()
 
     def read_ahead(self, step: int) -> None:
         """Say that the images of a step begin to be read."""
@@ -63,45 +65,48 @@ class ShardDownloads:
         self._step = step
 
     def close(self) -> None:
-        """End the thread; a piece that is on its way is waited for."""
+        """Stop; what is on its way is given up, and not waited for."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
 
     def _run(self, stop: threading.Event) -> None:
-        with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="download-shard") as pool:
+        with closing(IoThreads(_SHARDS_AT_ONCE, "download-shard")) as threads:
             if isinstance(self._order, BlockOrder):
-                self._follow_blocks(self._order, pool, stop)
+                self._follow_blocks(self._order, threads, stop)
             else:
-                self._fill_cache(pool, stop)
+                self._fill_cache(threads, stop)
 
-    def _follow_blocks(self, order: BlockOrder, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+    def _follow_blocks(self, order: BlockOrder, threads: IoThreads, stop: threading.Event) -> None:
         uses = order.uses_from(self._offsets, self._step * self._global_batch)
         active: list[ShardUse] = []
-        under_way: dict[Future[bool], ShardUse] = {}
+        under_way: dict[Future[Fetched | None], ShardUse] = {}
         waiting: deque[ShardUse] = deque()
+        pause_s, pause_ends_s = _FIRST_PAUSE_S, 0.0
         while not stop.is_set():
-            while len(under_way) < _SHARDS_AT_ONCE and not stop.is_set():
+            while len(under_way) < _SHARDS_AT_ONCE and time.monotonic() >= pause_ends_s and not stop.is_set():
                 use = waiting.popleft() if waiting else next(uses)
                 if use.first > self._step * self._global_batch + order.num_rows:
                     waiting.appendleft(use)  # an epoch ahead is far enough
                     break
                 number = self._numbers_S[use.shard]
-                future = pool.submit(_is_fetched, self._source, number, self._time_of(use.first), stop)
+                future = threads.submit(_fetch, self._source, number, self._time_of(use.first), stop)
                 under_way[future] = use
             if not under_way:
                 stop.wait(_TICK_S)
             done, _ = wait(under_way, timeout=_TICK_S, return_when="FIRST_COMPLETED")
             for future in done:
                 use = under_way.pop(future)
-                if future.result():
+                if future.result() is Fetched.THERE:
                     active.append(use)
+                    pause_s = _FIRST_PAUSE_S
                 elif use.last >= self._step * self._global_batch:
                     # No room, or a storage that fails: later, unless its images were read one by one meanwhile.
                     waiting.appendleft(use)
-                    stop.wait(_TICK_S)
-            active = self._retire(order, active)
+                    pause_ends_s = time.monotonic() + pause_s
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            still_active = self._retire(order, active)
+            if len(still_active) < len(active):
+                pause_s, pause_ends_s = _FIRST_PAUSE_S, 0.0
+            active = still_active
 
     def _retire(self, order: BlockOrder, active: list[ShardUse]) -> list[ShardUse]:
         """Mark the shards whose use is over with the time of their use in the next epoch; return the others."""
@@ -120,25 +125,37 @@ class ShardDownloads:
             self._touch(use.shard, self._time_of(first))
         return [use for use in active if use.last >= position]
 
-    def _fill_cache(self, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
-        refreshed = time.monotonic()
+    def _fill_cache(self, threads: IoThreads, stop: threading.Event) -> None:
         # Workers of a machine begin at different shards, so that they do not ask for the same ones.
         start = len(self._numbers_S) * self._offsets[0] // self._global_batch
-        missing = [*range(start, len(self._numbers_S)), *range(start)]
+        in_turn = [*range(start, len(self._numbers_S)), *range(start)]
         while not stop.is_set():
-            still_missing = []
-            for shards in _pairs(missing, _SHARDS_AT_ONCE):
-                if stop.is_set():
+            num_lost = self._source.num_lost
+            missing = [shard for shard in in_turn if not self._source.is_here(self._numbers_S[shard])]
+            is_complete = self._fetch_all(missing, threads, stop)
+            refreshed = time.monotonic()
+            for shard in in_turn:
+                self._touch(shard, time.time())
+            pause_s = _REFRESH_S if is_complete else 20 * _TICK_S
+            while time.monotonic() - refreshed < pause_s and self._source.num_lost == num_lost:
+                if stop.wait(_TICK_S):
                     return
-                wanted = [self._numbers_S[shard] for shard in shards]
-                there = list(pool.map(lambda number: _is_fetched(self._source, number, time.time(), stop), wanted))
-                still_missing += [shard for shard, is_there in zip(shards, there, strict=True) if not is_there]
-            missing = still_missing
-            if not missing or time.monotonic() - refreshed > _REFRESH_S:
-                for shard in range(len(self._numbers_S)):
-                    self._touch(shard, time.time())
-                refreshed = time.monotonic()
-            stop.wait(_REFRESH_S if not missing else 20 * _TICK_S)
+
+    def _fetch_all(self, shards: Sequence[int], threads: IoThreads, stop: threading.Event) -> bool:
+        """Fetch shards until there is no room for another, in which case there is none for the rest; whether all are
+        there."""
+        left, is_complete = deque(shards), True
+        under_way: set[Future[Fetched | None]] = set()
+        while (left or under_way) and not stop.is_set():
+            while left and len(under_way) < _SHARDS_AT_ONCE:
+                number = self._numbers_S[left.popleft()]
+                under_way.add(threads.submit(_fetch, self._source, number, time.time(), stop))
+            done, under_way = wait(under_way, timeout=_TICK_S, return_when="FIRST_COMPLETED")
+            results = {future.result() for future in done}
+            is_complete = is_complete and results <= {Fetched.THERE}
+            if results & {Fetched.NO_ROOM, Fetched.REFUSED}:
+                left.clear()
+        return is_complete and not stop.is_set()
 
     def _touch(self, shard: int, next_use: float) -> None:
         if self._source.cache is not None:
@@ -166,16 +183,16 @@ class EvaluationDownloads:
         self._over.wait(HEAD_START_S)
 
     def close(self) -> None:
-        """End the thread; a piece that is on its way is waited for."""
+        """Stop; what is on its way is given up, and not waited for."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
 
     def _run(self) -> None:
         try:
-            with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="download-shard") as pool:
-                for fetched in pool.map(self._fetch, self._shards):
-                    if fetched in (Fetched.NO_ROOM, Fetched.REFUSED):
+            with closing(IoThreads(_SHARDS_AT_ONCE, "download-shard")) as threads:
+                left = {threads.submit(self._fetch, number) for number in self._shards}
+                while left and not self._stop.is_set():
+                    done, left = wait(left, timeout=_TICK_S, return_when="FIRST_COMPLETED")
+                    if {future.result() for future in done} & {Fetched.NO_ROOM, Fetched.REFUSED}:
                         self._stop.set()  # so will be the next ones: their images are read one by one
         finally:
             self._over.set()
@@ -184,24 +201,17 @@ class EvaluationDownloads:
         return _fetch(self._source, number, time.time() + _NEXT_EVALUATION_S, self._stop)
 
 
-def _is_fetched(source: RemoteShards, number: int, next_use: float, stop: threading.Event) -> bool:
-    return _fetch(source, number, next_use, stop) is Fetched.THERE
-
-
 def _fetch(source: RemoteShards, number: int, next_use: float, stop: threading.Event) -> Fetched | None:
     """Have a shard in the cache, after the process that downloads it; None where the storage fails or `stop` came."""
     try:
         while not stop.is_set():
-            fetched = source.fetch(number, next_use)
+            fetched = source.fetch(number, next_use, stop)
             if fetched is not Fetched.BUSY:
                 return fetched
             stop.wait(_TICK_S)
+    except DownloadStopped:
+        pass
     except OSError as error:
         # The reader of an image meets the same failure and decides what it means.
         _LOG.warning("shard %s is not downloaded: %s", source.shards[number].name, error)
     return None
-
-
-def _pairs(items: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -9,7 +9,7 @@ Shapes: B samples, M windows of a batch, C = 3 channels, S side of a crop.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -83,6 +83,7 @@ class _Job:
     """A batch on its way through the decoder."""
 
     plan: Plan
+    windows: Sequence[Window]
     decoded: Decoded | None = None
 
 
@@ -102,6 +103,7 @@ class EncodedCrops:
     ) -> None:
         """read(row): the encoded image; called in threads. read_together: images that a thread takes at once."""
         self._read, self._index, self._planner, self._damaged = read, index, planner, damaged
+        self._repaired: Callable[[int, bytes], bytes | None] = getattr(read, "repaired", lambda row, encoded: None)
         self._decoder = decoder
         self._readers = IoThreads(num_readers, "read-images")
         self._in_decoder: deque[_Job] = deque()
@@ -127,7 +129,7 @@ class EncodedCrops:
             if not self._in_decoder:
                 return
             job = self._in_decoder.popleft()
-            yield self._complete(job.plan, self._collect(job))
+            yield self._complete(job, self._collect(job))
 
     def close(self) -> None:
         """End the reading threads and the decoder; a read that is under way is not waited for."""
@@ -148,6 +150,14 @@ class EncodedCrops:
         the image. Called in threads."""
         try:
             encoded = self._read(row)
+            read = self._look_at(row, encoded)
+            right = self._repaired(row, encoded) if read.reason else None
+            return read if right is None else self._look_at(row, right)
+        except ValueError as error:
+            return _Read(row, reason=str(error))
+
+    def _look_at(self, row: int, encoded: bytes) -> _Read:
+        try:
             header = pillow.read_header(encoded, self._index.rules)
         except ValueError as error:
             return _Read(row, reason=str(error))
@@ -159,8 +169,9 @@ class EncodedCrops:
 
     def _submit(self, plan: Plan, read: list[_Read]) -> None:
         of_row = {one.row: one for one in read}
-        self._decoder.submit([of_row[row].window(plan, m) for m, row in enumerate(plan.sources_M.tolist())])
-        self._in_decoder.append(_Job(plan))
+        windows = [of_row[row].window(plan, m) for m, row in enumerate(plan.sources_M.tolist())]
+        self._decoder.submit(windows)
+        self._in_decoder.append(_Job(plan, windows))
 
     def _collect(self, job: _Job) -> Decoded:
         if job.decoded is None:
@@ -171,9 +182,10 @@ class EncodedCrops:
         for job in self._in_decoder:
             self._collect(job)
 
-    def _complete(self, plan: Plan, decoded: Decoded) -> tuple[Plan, Tensor]:
+    def _complete(self, job: _Job, decoded: Decoded) -> tuple[Plan, Tensor]:
         """Return the plan and crops of a batch after replacing what could not be decoded."""
-        crops, reasons = decoded.crops, decoded.reasons
+        plan, crops, windows = job.plan, decoded.crops, dict(enumerate(job.windows))
+        reasons = self._repair(plan, windows, crops, decoded.reasons)
         failed: dict[int, set[int]] = {}
         while reasons:
             for window, reason in reasons.items():
@@ -183,14 +195,48 @@ class EncodedCrops:
             replaced = self._planner.plan(plan.rows_B, plan.visits_B, failed)
             changed = np.flatnonzero(replaced.sources_M != plan.sources_M).tolist()
             plan = replaced
-            # The decoder answers in order, so what it was given before comes first.
-            self._collect_all()
             of_row = {row: self._load(row) for row in dict.fromkeys(plan.sources_M[changed].tolist())}
-            self._decoder.submit([of_row[int(plan.sources_M[m])].window(plan, m) for m in changed])
-            again = self._decoder.collect()
-            crops.index_copy_(0, to_device(torch.tensor(changed), crops.device), again.crops)
-            reasons = {changed[window]: reason for window, reason in again.reasons.items()}
+            windows = {m: of_row[int(plan.sources_M[m])].window(plan, m) for m in changed}
+            reasons = self._repair(plan, windows, crops, self._decode_again(windows, crops))
         return plan, crops
+
+    def _repair(
+        self, plan: Plan, windows: Mapping[int, Window], crops: Tensor, reasons: dict[int, str]
+    ) -> dict[int, str]:
+        """Decode again, into the batch's crops, what failed because this machine's copy of it is not the image.
+
+        Returns the reasons of the windows that have no pixels even so. An image is damaged where its source is.
+        """
+        right: dict[int, _Read | None] = {}
+        repaired: dict[int, Window] = {}
+        for m in reasons:
+            row = int(plan.sources_M[m])
+            if row not in right:
+                right[row] = self._read_right(row, windows[m])
+            if (read := right[row]) is not None:
+                repaired[m] = read.window(plan, m)
+        if not repaired:
+            return reasons
+        return {m: why for m, why in reasons.items() if m not in repaired} | self._decode_again(repaired, crops)
+
+    def _read_right(self, row: int, window: Window) -> _Read | None:
+        """Return the image of a window that failed, if what was read for it was another one."""
+        if window.reason:
+            return None  # looked into as it was read
+        try:
+            right = self._repaired(row, window.encoded)
+        except ValueError as error:
+            return _Read(row, reason=str(error))
+        return None if right is None else self._look_at(row, right)
+
+    def _decode_again(self, windows: Mapping[int, Window], crops: Tensor) -> dict[int, str]:
+        """Decode windows of a batch into its crops; return why some of them have no pixels."""
+        # The decoder answers in order, so what it was given before comes first.
+        self._collect_all()
+        self._decoder.submit(list(windows.values()))
+        again, places = self._decoder.collect(), list(windows)
+        crops.index_copy_(0, to_device(torch.tensor(places), crops.device), again.crops)
+        return {places[window]: reason for window, reason in again.reasons.items()}
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dataloading.cache import Fetched
+from dataloading.cache import Fetched, ShardCache, writing
 from dataloading.headers import BadHeader, Progress, all_small, scan
 from dataloading.index import Dataset, DatasetError, DatasetIndex, NoSplit, image_checksum, require_same
 from dataloading.labels import first_labelled
 from dataloading.layout import WORDS, Part
 from dataloading.listing import check_links, contents, existing_root, folders_in
 from dataloading.pixel_rules import PixelRules
-from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces, write_at
+from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import MANIFEST, PIECE_BYTES, PLAN, ShardManifest, fingerprint_of, load_manifest
 from dataloading.storage import Objects, Storage, is_remote, local_path
 
 _HEAD_BYTES = 64 << 10
 _ROWS_AT_ONCE = 64
 _MANIFEST_WAIT_S = 600.0
+_TRIES = 2
 
 _Shards = LocalShards | RemoteShards
 
@@ -142,35 +143,49 @@ def _open_remote(root: str, split: str, storage: Storage | None) -> tuple[ShardM
     def open_one(name: str) -> tuple[ShardManifest, _Shards]:
         assert storage is not None
         key = f"{name}/{MANIFEST}"
-        buffer = _remote_buffer(objects, key, objects.size(key), storage)
-        manifest = load_manifest(f"{root.rstrip('/')}/{key}", buffer)
+        manifest = _load_remote(objects, key, objects.size(key), storage)
         return manifest, RemoteShards(objects, f"{name}/", manifest.shards, storage.cache, manifest.fingerprint)
 
     return _labelled(names, open_one)
 
 
-def _remote_buffer(objects: Objects, key: str, num_bytes: int, storage: Storage) -> pa.Buffer:
-    """Return the manifest's bytes: mapped from the cache where that is possible, else in memory."""
-    head = objects.get(key, 0, min(num_bytes, _HEAD_BYTES))
-    name = f"manifests/{fingerprint_of(head, str(num_bytes).encode(), f'{objects.uri}/{key}'.encode())}.arrow"
+def _load_remote(objects: Objects, key: str, num_bytes: int, storage: Storage) -> ShardManifest:
+    """Return a manifest: mapped from the cache where that is possible, else read into memory."""
+    where = f"{objects.uri}/{key}"
+    if storage.cache is not None:
+        head = objects.get(key, 0, min(num_bytes, _HEAD_BYTES))
+        name = f"manifests/{fingerprint_of(head, str(num_bytes).encode(), where.encode())}.arrow"
+        for _ in range(_TRIES):
+            kept = _kept_manifest(objects, key, num_bytes, storage.cache, name)
+            if kept is None:
+                break
+            try:
+                return load_manifest(where, kept)
+            except DatasetError:
+                # The copy may have lost bytes; whether the storage's is a whole one, the storage's bytes tell.
+                storage.cache.remove(name)
+    return load_manifest(where, pa.py_buffer(objects.get(key)))
+
+
+def _kept_manifest(objects: Objects, key: str, num_bytes: int, cache: ShardCache, name: str) -> pa.Buffer | None:
+    """Return a manifest's bytes, mapped from the cache, where they are downloaded to first; None where it fails."""
 
     def download(descriptor: int) -> None:
-        for start in range(0, num_bytes, PIECE_BYTES):
-            write_at(descriptor, objects.get(key, start, min(num_bytes, start + PIECE_BYTES)), start)
+        with writing(descriptor) as writer:
+            for start in range(0, num_bytes, PIECE_BYTES):
+                writer.write(objects.get(key, start, min(num_bytes, start + PIECE_BYTES)), start)
 
-    cache = storage.cache
-    if cache is not None:
-        deadline = time.monotonic() + _MANIFEST_WAIT_S
-        while (fetched := cache.fetch(name, num_bytes, download, time.time() + 60)) is Fetched.BUSY:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.1)
-        if fetched is Fetched.THERE:
-            try:
-                return pa.memory_map(str(cache.path(name))).read_buffer()
-            except OSError:
-                pass  # removed again by another job: into memory then
-    return pa.py_buffer(objects.get(key))
+    deadline = time.monotonic() + _MANIFEST_WAIT_S
+    while (fetched := cache.fetch(name, num_bytes, download, time.time() + 60)) is Fetched.BUSY:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if fetched is not Fetched.THERE:
+        return None
+    try:
+        return pa.memory_map(str(cache.path(name))).read_buffer()
+    except OSError:
+        return None  # removed again by another job
 
 
 def require_storage(root: str, storage: Storage | None) -> Objects:
@@ -196,7 +211,7 @@ def _in_row_order(manifest: ShardManifest, source: _Shards) -> Iterator[list[tup
         for number, shard in enumerate(manifest.shards):
             if shard.num_rows:
                 file.seek(starts_S[number])
-                for piece in in_pieces(source, number, shard.num_bytes):
+                for piece in in_pieces(source, number, shard.num_bytes, shard.pieces):
                     file.write(piece)
         file.flush()
         for first in rows[::_ROWS_AT_ONCE]:

@@ -9,30 +9,41 @@ cost 3 to 4 % of the CPU time of an image, and `instdisc verify` does it when as
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_EXCEPTION, wait
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dataloading.cache import Fetched, ShardCache
+from dataloading.cache import CacheWriter, Fetched, ShardCache, writing
 from dataloading.index import image_checksum
+from dataloading.io_threads import IoThreads
 from dataloading.read_errors import advised
 from dataloading.shards import PIECE_BYTES, Shard
 from dataloading.storage import Objects
 
+_LOG = logging.getLogger("instdisc.cache")
 _MAX_OPEN = 256
 _OF_KEPT_FILES = (errno.ESTALE, errno.EMFILE, errno.ENFILE)
 """Files that are kept open may be what fails: a file server that was restarted, a low limit of open files."""
 _PIECES_AT_ONCE = 8
 _TRIES = 4
 """Reads of bytes that differ from their checksum: the network may be to blame."""
+_MAX_LOSSES = 2
+"""A shard whose copy here turned out wrong so often is not kept any more: the disk is to blame."""
+_TICK_S = 0.1
+
+
+class DownloadStopped(Exception):
+    """Nobody wants a shard any more that was on its way."""
 
 
 class CutShortError(OSError):
@@ -47,10 +58,13 @@ class ShardBytes(Protocol):
         """Whether a read may take many milliseconds, so that many should be under way."""
         ...
 
-    def read(self, shard: int, offset: int, length: int, checksum: bytes | None = None) -> bytes:
+    def read(
+        self, shard: int, offset: int, length: int, checksum: bytes | None = None, *, compare: bool = False
+    ) -> bytes:
         """Return bytes of a shard. Raises OSError where they cannot be had.
 
-        checksum: theirs; bytes that come from afar are compared with it: ValueError where they are others.
+        checksum: theirs; bytes that come from afar are compared with it: ValueError where they are others. compare:
+        those of this machine's disk too; a copy that the cache keeps gives way to the storage.
         """
         ...
 
@@ -65,19 +79,43 @@ class ShardReader:
     length_N: NDArray[np.int64]
     checksum_N: NDArray[np.void] | None = None
     """As in the manifest; None for tars without one."""
+    compares: bool = False
+    """Compare what this machine's disk gives as well: for whoever writes the images somewhere else."""
 
     @property
     def is_remote(self) -> bool:
         return self.source.is_remote
 
     def __call__(self, row: int) -> bytes:
-        checksum = None if self.checksum_N is None else self.checksum_N[row].tobytes()
-        return self.source.read(int(self.shard_N[row]), int(self.offset_N[row]), int(self.length_N[row]), checksum)
+        return self._read(row, compare=self.compares)
+
+    def repaired(self, row: int, encoded: bytes) -> bytes | None:
+        """Return a row's image where `encoded`, which was read for it, is another; None where it is not, or unknown.
+
+        Raises as a call, ValueError too where this machine has no better copy.
+        """
+        checksum = self._checksum(row)
+        if checksum is None or image_checksum(encoded) == checksum:
+            return None
+        return self._read(row, compare=True)
+
+    def _read(self, row: int, *, compare: bool) -> bytes:
+        shard, offset, length = int(self.shard_N[row]), int(self.offset_N[row]), int(self.length_N[row])
+        return self.source.read(shard, offset, length, self._checksum(row), compare=compare)
+
+    def _checksum(self, row: int) -> bytes | None:
+        return None if self.checksum_N is None else self.checksum_N[row].tobytes()
 
     def subset(self, rows_R: NDArray[np.int64]) -> ShardReader:
         """Return the reader of some rows, numbered from 0."""
         checksum_R = None if self.checksum_N is None else self.checksum_N[rows_R]
-        return ShardReader(self.source, self.shard_N[rows_R], self.offset_N[rows_R], self.length_N[rows_R], checksum_R)
+        return replace(
+            self,
+            shard_N=self.shard_N[rows_R],
+            offset_N=self.offset_N[rows_R],
+            length_N=self.length_N[rows_R],
+            checksum_N=checksum_R,
+        )
 
 
 class _Open:
@@ -104,8 +142,10 @@ class LocalShards:
     def __reduce__(self):
         return LocalShards, (self.folder, self.names)
 
-    def read(self, shard: int, offset: int, length: int, checksum: bytes | None = None) -> bytes:
-        """Return bytes of a shard, not compared with their checksum. Raises OSError."""
+    def read(
+        self, shard: int, offset: int, length: int, checksum: bytes | None = None, *, compare: bool = False
+    ) -> bytes:
+        """Return bytes of a shard. Raises as `ShardBytes.read`."""
         path = self.folder / self.names[shard]
         with advised(path):
             try:
@@ -120,6 +160,8 @@ class LocalShards:
             raise CutShortError(
                 f"{path}: found {len(data):,} bytes at {offset:,}, expected {length:,}: it was cut short; copy it again"
             )
+        if compare and checksum is not None and image_checksum(data) != checksum:
+            raise ValueError(f"bytes {offset:,} to {offset + length:,} of {path} differ from the manifest's checksum")
         return data
 
     def _opened(self, shard: int) -> _Open:
@@ -164,22 +206,23 @@ class RemoteShards:
         self.objects, self.folder, self.shards = objects, folder, tuple(shards)
         self.cache, self.fingerprint = cache, fingerprint
         self.traffic = Traffic()
+        self.num_lost = 0
+        """How often a copy in the cache turned out wrong."""
+        self._losses: Counter[int] = Counter()
 
     def __reduce__(self):
         return RemoteShards, (self.objects, self.folder, self.shards, self.cache, self.fingerprint)
 
-    def read(self, shard: int, offset: int, length: int, checksum: bytes | None = None) -> bytes:
+    def read(
+        self, shard: int, offset: int, length: int, checksum: bytes | None = None, *, compare: bool = False
+    ) -> bytes:
         """Return bytes of a shard, from the cache if it is there. Raises OSError, ValueError as `ShardBytes.read`."""
-        if self.cache is not None and (descriptor := self.cache.open(self.cache_key(shard))) is not None:
-            try:
-                data = os.pread(descriptor, length, offset)
-            except OSError:
-                data = b""  # the disk fails: the storage still has it
-            finally:
-                os.close(descriptor)
-            if len(data) == length:
-                return data
-            self.cache.remove(self.cache_key(shard))
+        kept = self._kept(shard, offset, length)
+        if kept is not None:
+            is_whole = len(kept) == length
+            if is_whole and not (compare and checksum is not None and image_checksum(kept) != checksum):
+                return kept
+            self._lose(shard)
         key = self.key(shard)
         for _ in range(_TRIES):
             data = self.objects.get(key, offset, offset + length)
@@ -196,6 +239,29 @@ class RemoteShards:
             f"({_TRIES} tries)"
         )
 
+    def _kept(self, shard: int, offset: int, length: int) -> bytes | None:
+        """Return what the cache has of some bytes, None where it has no copy of the shard."""
+        if self.cache is None or (descriptor := self.cache.open(self.cache_key(shard))) is None:
+            return None
+        try:
+            return os.pread(descriptor, length, offset)
+        except OSError:
+            return b""  # the disk fails: the storage still has it
+        finally:
+            os.close(descriptor)
+
+    def _lose(self, shard: int) -> None:
+        """Take a copy out of the cache that is not what the storage holds."""
+        assert self.cache is not None
+        self.cache.remove(self.cache_key(shard))
+        self._losses[shard] += 1
+        self.num_lost += 1
+        _LOG.warning(
+            "%s is not what %s holds: it is removed, and read from there again",
+            self.cache.path(self.cache_key(shard)),
+            f"{self.objects.uri}/{self.key(shard)}",
+        )
+
     def key(self, shard: int) -> str:
         """Return the object's key."""
         return f"{self.folder}{self.shards[shard].name}"
@@ -206,39 +272,45 @@ class RemoteShards:
 
     def is_here(self, shard: int) -> bool:
         """Whether the shard is in the cache."""
-        return self.cache is not None and self.cache.path(self.cache_key(shard)).exists()
+        return self.cache is not None and os.path.exists(self.cache.path(self.cache_key(shard)))
 
-    def fetch(self, shard: int, next_use: float) -> Fetched:
-        """Have a shard in the cache. Raises OSError where the storage fails or the shard is damaged there."""
+    def fetch(self, shard: int, next_use: float, stop: threading.Event | None = None) -> Fetched:
+        """Have a shard in the cache. stop: gives a download up at once.
+
+        Raises OSError where the storage fails or the shard is damaged there, DownloadStopped after `stop`.
+        """
         if self.cache is None:
             return Fetched.NO_ROOM
+        if self._losses[shard] >= _MAX_LOSSES:
+            return Fetched.REFUSED
         about = self.shards[shard]
 
         def download(descriptor: int) -> None:
-            self.download(shard, descriptor)
+            with writing(descriptor) as writer:
+                self._download(shard, writer, stop or threading.Event())
             self.traffic.add_shard(about.num_bytes)
 
         return self.cache.fetch(self.cache_key(shard), about.num_bytes, download, next_use)
 
-    def download(self, shard: int, descriptor: int) -> None:
+    def _download(self, shard: int, writer: CacheWriter, stop: threading.Event) -> None:
         """Write a shard to a file, several pieces at a time, each checked as it arrives."""
-        pieces = self.shards[shard].pieces
-        with ThreadPoolExecutor(_PIECES_AT_ONCE, thread_name_prefix="download-pieces") as pool:
-            futures = [pool.submit(self._download_piece, shard, number, descriptor) for number in range(len(pieces))]
-            try:
-                for future in futures:
+        with closing(IoThreads(_PIECES_AT_ONCE, "download-pieces")) as threads:
+            numbers = range(len(self.shards[shard].pieces))
+            left = {threads.submit(self._download_piece, shard, number, writer) for number in numbers}
+            while left:
+                done, left = wait(left, timeout=_TICK_S, return_when=FIRST_EXCEPTION)
+                for future in done:
                     future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+                if left and stop.is_set():
+                    raise DownloadStopped
 
-    def _download_piece(self, shard: int, number: int, descriptor: int) -> None:
+    def _download_piece(self, shard: int, number: int, writer: CacheWriter) -> None:
         about, start = self.shards[shard], number * PIECE_BYTES
         stop = min(start + PIECE_BYTES, about.num_bytes)
         for _ in range(_TRIES):
             data = self.objects.get(self.key(shard), start, stop)
             if len(data) == stop - start and image_checksum(data).hex() == about.pieces[number]:
-                write_at(descriptor, data, start)
+                writer.write(data, start)
                 return
         raise OSError(
             f"{self.objects.uri}/{self.key(shard)}: bytes {start:,} to {stop:,} differ from the manifest's checksum "
@@ -246,14 +318,14 @@ class RemoteShards:
         )
 
 
-def write_at(descriptor: int, data: bytes, start: int) -> None:
-    """Write all of `data` at a place of a file; the system may take it in parts."""
-    written = 0
-    while written < len(data):
-        written += os.pwrite(descriptor, memoryview(data)[written:], start + written)
-
-
-def in_pieces(source: ShardBytes, shard: int, num_bytes: int) -> Iterator[bytes]:
-    """Yield a whole shard in pieces."""
-    for start in range(0, num_bytes, PIECE_BYTES):
-        yield source.read(shard, start, min(PIECE_BYTES, num_bytes - start))
+def in_pieces(source: ShardBytes, shard: int, num_bytes: int, checksums: Sequence[str] = ()) -> Iterator[bytes]:
+    """Yield a whole shard in pieces. checksums (hex): theirs; a copy in the cache that differs gives way to the
+    storage. Pieces that differ there are yielded as they are."""
+    for number, start in enumerate(range(0, num_bytes, PIECE_BYTES)):
+        length = min(PIECE_BYTES, num_bytes - start)
+        try:
+            checksum = bytes.fromhex(checksums[number]) if checksums else None
+            piece = source.read(shard, start, length, checksum, compare=True)
+        except ValueError:
+            piece = source.read(shard, start, length)
+        yield piece

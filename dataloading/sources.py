@@ -112,7 +112,8 @@ def list_images(
     if kind == "packed":
         manifest, source = open_manifest(root, split, storage)
         manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
-        read = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
+        places = manifest.shard_N, manifest.offset_N, manifest.length_N
+        read = ShardReader(source, *places, manifest.checksum_N, compares=True)
         return SourceImages(manifest.index, read, manifest.digest_of)
     if kind == "webdataset":
         return SourceImages(*list_webdataset(root, part, max_rows=max_rows, storage=storage), "list")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from instdisc.cli.output import printable
@@ -45,9 +46,10 @@ def run(options: argparse.Namespace) -> int:
     parallel = ProcessMap(len(os.sched_getaffinity(0)) if options.workers is None else options.workers)
     started_s, num_images, problems, opened = time.monotonic(), 0, {}, {}
     target = absolute(options.target)
+    storage = replace(storage_of(), cache=None)  # what is asked about is the place itself, and no copy of it here
     for split in SPLITS if options.split == "all" else (options.split,):
         try:
-            opened[split] = open_manifest(target, split, storage_of())
+            opened[split] = open_manifest(target, split, storage)
         except NoSplit:
             if options.split != "all":
                 raise

@@ -1,5 +1,7 @@
 """The cache: one downloader per file, room by next use, and no failure of it is one of training."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dataloading.cache import OVERDUE_S, Fetched, ShardCache
+from dataloading.cache import OVERDUE_S, Fetched, ShardCache, writing
+from dataloading.cache_folder import MARK
 
 
 def writer(data, calls=None, before=None):
@@ -31,9 +34,13 @@ def fetch(cache, key, size=1000, next_use=None, **more):
 
 
 def files(cache):
-    return sorted(
-        str(p.relative_to(cache.folder)) for p in cache.folder.rglob("*") if p.is_file() and p.name != ".room"
-    )
+    """Return the files below the cache's folder, but those that it keeps of itself."""
+    found = (str(p.relative_to(cache.folder)) for p in cache.folder.rglob("*") if p.is_file() or p.is_symlink())
+    return sorted(name for name in found if not name.startswith(MARK))
+
+
+def parts(cache):
+    return sorted(os.listdir(cache.folder / MARK / "parts"))
 
 
 def test_a_file_is_downloaded_once_and_then_read(tmp_path):
@@ -133,9 +140,10 @@ def test_a_downloader_that_is_killed_is_followed_by_another(tmp_path):
     assert cache.open("a/0.tar") is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert files(cache) == ["a/0.tar.part"]
-    assert fetch(cache, "b/1.tar") is Fetched.THERE  # which removes what the dead one left
-    assert files(cache) == ["b/1.tar"]
+    assert parts(cache) == ["a%2F0.tar.part"]
+    tight = ShardCache(tmp_path, limit_bytes=1000)
+    assert fetch(tight, "b/1.tar") is Fetched.THERE  # which removes what the dead one left
+    assert (files(cache), parts(cache)) == (["b/1.tar"], [])
     assert fetch(cache, "a/0.tar") is Fetched.THERE
 
 
@@ -201,3 +209,120 @@ def test_a_key_that_would_leave_the_cache_is_refused(tmp_path, key):
     with pytest.raises(ValueError, match="expected a relative path below it"):
         cache.fetch(key, 4, lambda descriptor: os.write(descriptor, b"evil"), 0.0)
     assert not (tmp_path / "outside").exists()
+
+
+FOREIGN = ("notes.txt", "work/thesis.tex", "work/movie.mkv.part", "a/000000.tar.part", "a/mine.tar", "made", ".room2")
+
+
+def test_files_that_the_cache_did_not_make_are_never_removed_or_replaced(tmp_path, caplog):
+    for name in (*FOREIGN, "a/000002.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 60_000)
+        os.utime(tmp_path / name, (time.time() - 2 * OVERDUE_S,) * 2)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "notes.txt")
+    cache = ShardCache(tmp_path, 120_000)
+    for number in range(6):
+        expected = Fetched.REFUSED if number == 2 else Fetched.THERE
+        assert fetch(cache, f"a/{number:06d}.tar", 50_000, next_use=time.time() + 600 - number) is expected
+    cache.remove("notes.txt")
+    cache.remove("a/000002.tar")
+    assert set(files(cache)) == {*FOREIGN, "link.tar", "a/000002.tar", "a/000004.tar", "a/000005.tar"}
+    assert (tmp_path / "a/000002.tar").read_bytes() == b"x" * 60_000
+    assert "a/000002.tar is not the cache's" in caplog.text
+
+
+def test_what_an_earlier_version_kept_is_taken_over_by_its_names(tmp_path):
+    theirs = (f"{'0f' * 16}/000000.tar", f"manifests/{'a1' * 16}.arrow", f"demo/train-{'b' * 16}")
+    others = (f"{'0f' * 16}/notes.txt", "manifests/thesis.arrow", "work/000000.tar")
+    for name in (*theirs, *others, ".room"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * 1000)
+        os.utime(tmp_path / name, (time.time() - 2 * OVERDUE_S,) * 2)
+    cache = ShardCache(tmp_path, 2500)
+    fetch(cache, "a", 2000)
+    assert files(cache) == sorted((*others, "a"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ESTALE, errno.EINTR])
+def test_a_folder_without_locks_is_survived(tmp_path, monkeypatch, caplog, number):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    cache = ShardCache(tmp_path)
+    assert fetch(cache, "a") is Fetched.REFUSED
+    assert fetch(cache, "a") is Fetched.REFUSED
+    assert caplog.text.count(os.strerror(number)) == 1
+
+
+@pytest.mark.parametrize("place", ["loop", "loop/below", "x" * 300])
+def test_a_folder_that_cannot_be_is_survived(tmp_path, caplog, place):
+    (tmp_path / "loop").symlink_to("loop")
+    cache = ShardCache(tmp_path / place)
+    assert fetch(cache, "a") is Fetched.REFUSED
+    assert cache.open("a") is None
+    cache.touch("a", 0.0)
+    cache.remove("a")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_disk_that_cannot_reserve_room_does_without(tmp_path, monkeypatch, number):
+    def refuses(descriptor, offset, length):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuses)
+    assert fetch(ShardCache(tmp_path), "a") is Fetched.THERE
+
+
+@pytest.mark.parametrize("error", [OSError("no answer"), ConnectionResetError(errno.ECONNRESET, "reset")])
+def test_a_storage_that_fails_in_a_download_is_no_failure_of_the_disk(tmp_path, error):
+    def fail(descriptor):
+        raise error
+
+    cache = ShardCache(tmp_path)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        cache.fetch("a", 1000, fail, time.time())
+    assert caught.value is error
+    assert fetch(cache, "a") is Fetched.THERE
+
+
+def test_bytes_are_on_the_disk_before_a_file_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename would else leave a file of the right size with lost bytes."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("fsync"), fsync(descriptor))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("rename"), replace(old, new))[1])
+    fetch(ShardCache(tmp_path), "a")
+    assert done == ["fsync", "rename"]
+
+
+def test_filling_a_cache_looks_at_its_files_once_and_not_for_every_file(tmp_path, monkeypatch):
+    """Looking at all files for each of them took minutes in a cache of some ten thousand."""
+    looked, listdir = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda place=".": (looked.append(place), listdir(place))[1])
+    cache = ShardCache(tmp_path, limit_bytes=60_000)
+    for number in range(60):
+        assert fetch(cache, f"a/{number}", next_use=time.time() + 60) is Fetched.THERE
+    assert len(looked) == 2  # `made` and `parts`, at the first
+    assert fetch(cache, "a/60", next_use=time.time() + 600) is Fetched.NO_ROOM
+    assert len(looked) == 4
+    fetch(cache, "b", next_use=time.time())  # makes room
+    assert len(files(cache)) == 60
+
+
+def test_room_that_a_killed_process_took_is_found_again(tmp_path):
+    cache = ShardCache(tmp_path, limit_bytes=2000)
+    fetch(cache, "a", next_use=time.time() + 60)
+    (tmp_path / MARK / "room").write_text("99999999")
+    assert fetch(cache, "b", next_use=time.time() + 60) is Fetched.THERE
+    assert files(cache) == ["a", "b"]
+
+
+def test_a_writer_that_was_given_up_writes_to_no_other_file(tmp_path):
+    with open(tmp_path / "a", "wb") as file, writing(file.fileno()) as writer:
+        writer.write(b"ours", 0)
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)  # which has the number of the file before
+    writer.write(b"late", 0)
+    assert os.fstat(other).st_size == 0
+    os.close(other)
+    assert (tmp_path / "a").read_bytes() == b"ours"

@@ -127,7 +127,7 @@ def test_processes_of_a_machine_keep_the_images_that_one_of_them_made(test, tmp_
     for process in processes:
         process.join()
     assert found == [(hashlib.sha256(test[0].tobytes()).hexdigest(), test[1].tolist(), True)] * 3
-    (path,) = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".room"]
+    (path,) = (tmp_path / "demo").iterdir()
     assert path.read_bytes() == test[0].tobytes()
 
 
