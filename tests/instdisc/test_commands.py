@@ -146,7 +146,7 @@ def test_index_lists_a_folder_and_its_damaged_images(tmp_path, capsys):
         ),
         (["train", "--data.root", "/tmp"], "since code makes those images"),
         (["train", "cifar10-cpu", "--data.root", ""], "data.root: found ''"),
-        (["train", "--data.test_split", "tset"], "data.test_split: found 'tset', expected one of train, test"),
+        (["train", "--data.test_split", "tset"], "demo: found split 'tset', expected the split train or test"),
         (["train", "--run", "memory://run", "--workers", "2"], "memory that ends with each process"),
         (["train", "--optim.final_lr", "-5"], "optim.final_lr: found -5.0, expected at least 0"),
         (
