@@ -34,7 +34,7 @@ from PIL import (  # noqa: F401
     WebPImagePlugin,
 )
 
-from dataloading import jpeg, samples
+from dataloading import jpeg, other_formats, samples
 from dataloading.io_threads import IoThreads
 from dataloading.orientation import orientation_of, tail_of, turned, turned_size
 from dataloading.pixel_rules import PixelRules
@@ -50,6 +50,8 @@ EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """File name endings of these formats, in lower case."""
 MAX_PIXELS = 89_478_485
 """More pixels than this is taken for a decompression bomb. Pillow's limit for a warning (1/4 GiB of RGB)."""
+TOO_LARGE = "too large"
+"""How the reason begins for images that may be whole, but have more pixels than are decoded."""
 MAX_SMALL_SIDE = 96
 """Images up to this many pixels high and wide, all of one size, are kept in memory decoded."""
 MAX_SMALL_BYTES = 4 << 30
@@ -199,11 +201,19 @@ def _look_at(
                 with Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
                     look = _look(image, file, small, rules)
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-                look = _Look(reason=reason(error))
+                look = _Look(reason=_other_format(error, file) or reason(error))
         if file.failure is not None:
             raise file.failure
         looks.append(look)
     return looks
+
+
+def _other_format(error: Exception, file: WatchedFile) -> str:
+    """Return what a file of no format that is read is, by its first bytes; "" for other errors and unknown bytes."""
+    if not isinstance(error, UnidentifiedImageError) or file.failure is not None:
+        return ""
+    file.seek(0)
+    return other_formats.named(file.read(other_formats.NUM_BYTES))
 
 
 def _look(image: Image.Image, file: WatchedFile, small: _Small, rules: PixelRules) -> _Look:
@@ -240,13 +250,18 @@ def check_size(height: int, width: int) -> None:
     if not (width > 0 and height > 0):
         raise BadHeader(f"the header says {width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        raise BadHeader(f"decompression bomb: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+        raise BadHeader(
+            f"{TOO_LARGE}: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all, since more may be a "
+            "decompression bomb; make it smaller"
+        )
 
 
 def reason(error: Exception) -> str:
     """Return why an image is bad in one line, the same one for the same bytes."""
     if isinstance(error, UnidentifiedImageError):
         return "no image in a known format"  # Pillow's text has an address in memory
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{TOO_LARGE}: DecompressionBombError: {error}"[:200]
     is_ours = isinstance(error, REFUSALS)
     return (str(error) if is_ours else f"{type(error).__name__}: {error}")[:200]
 

@@ -61,13 +61,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _as_text(document: dict[str, Any], out: str | None) -> str:
+    from dataloading.headers import TOO_LARGE
+
     classes = document["classes"]
+    large = sum(reason.startswith(TOO_LARGE) for reason in document["bad"].values())
+    bad = f"{document['num_bad'] - large} {_BY[document['bad_by']]}" + (f", {large} too large" if large else "")
     # Why there are no labels belongs to the one line that says so.
     why = [note["text"] for note in document["notes"] if note["kind"] == LABELS and not classes]
     known = f"{len(classes)} classes" if classes else printable("; ".join(why)) or "no labels"
     lines = [
-        f"{document['source']}: {document['num_rows']:,} images, {known}, {document['num_bad']} "
-        f"{_BY[document['bad_by']]} ({document['seconds']} s)",
+        f"{document['source']}: {document['num_rows']:,} images, {known}, {bad} ({document['seconds']} s)",
         f"  digest {document['digest']}",
     ]
     lines += [f"  {printable(note['text'])}" for note in document["notes"] if note["text"] not in why]

@@ -1,6 +1,7 @@
 """The rule by which splits, configurations and classes are found: the same images laid out in many ways."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dataloading.layout import AmbiguousLayout
 from dataloading.pack import pack
 from dataloading.sources import list_images, open_dataset
 from dataloading.storage import Storage
+from instdisc.cli.main import main
 
 
 def png(shade=0):
@@ -419,3 +421,40 @@ def test_a_split_that_is_no_name_is_refused(tmp_path):
     for name in ("", " ", "../x", "/etc"):
         with pytest.raises(DatasetError, match="split: found"):
             open_dataset("folder", lay_out(tmp_path, "1.png"), name)
+
+
+def test_a_file_of_another_format_is_named_and_a_large_image_is_not_called_damaged(tmp_path, capsys):
+    lay_out(tmp_path, "0.png")
+    contents = {
+        "1.jpg": b"GIF89a" + bytes(40), "2.jpg": b"\0\0\0\x1cftypavif", "3.jpg": b"version https://git-lfs.github.com/x",
+        "4.jpg": b"<!DOCTYPE html><html>", "5.jpg": b"", "6.jpg": b"who knows",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("1", (9500, 9500)).save(tmp_path / "7.png")
+    reasons = list(open_dataset("folder", str(tmp_path), "train").index.reasons.values())
+    found = (
+        "a GIF, which",
+        "AVIF, which",
+        "a Git LFS pointer",
+        "a web page",
+        "an empty file",
+        "no image in a",
+        "too large: 9500 x",
+    )
+    assert [reason for reason, begin in zip(reasons, found, strict=True) if not reason.startswith(begin)] == []
+    assert main(["index", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "6 damaged by their headers, 1 too large" in printed
+    assert "no labels: the images are in no class folders" in printed.splitlines()[0]
+    assert "only the headers were read" in printed
+
+
+def test_index_tells_in_json_what_was_taken_and_what_not(tmp_path, capsys):
+    lay_out(tmp_path, "b/Train/1.png", "b/Test/2.png", "a/Train/1.png", "a/Test/2.png")
+    assert main(["index", str(tmp_path), "--config", "b", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert [note["kind"] for note in notes] == ["taken", "labels"]
+    assert notes[0]["text"] == "train is the folder b/Train; other splits: b/Test"
+    assert main(["index", str(tmp_path)]) == 2
+    assert "--data.config NAME (index and pack: --config NAME)" in capsys.readouterr().err
