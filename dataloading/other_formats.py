@@ -1,4 +1,4 @@
-"""Names of files that are no image of a format that is read, by their first bytes: what a person should know of them."""
+"""What files are that are no image of a format that is read, by their first bytes, in words for people."""
 
 from __future__ import annotations
 
@@ -14,19 +14,12 @@ _FIRST_BYTES = {
     b"PK\x03\x04": "a zip file, no image",
     b"version https://git-lfs": "a Git LFS pointer, no image: fetch the file itself",
 }
-_BRANDS = {
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"mif1": "HEIC",
-    b"crx ": "a CR3 raw image",
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC"}
+_TEXTS = {
+    b"<svg": "an SVG drawing, which is not read",
+    b"<!doctype html": "a web page, no image",
+    b"<html": "a web page, no image",
 }
-_TEXTS = (
-    (b"<svg", "an SVG drawing, which is not read"),
-    (b"<!doctype html", "a web page, no image"),
-    (b"<html", "a web page, no image"),
-)
 
 
 def named(head: bytes) -> str:
@@ -40,4 +33,4 @@ def named(head: bytes) -> str:
         brand = _BRANDS.get(head[8:12])
         return f"{brand}, which is not read" if brand else "a film or an image of another kind, which is not read"
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return next((name for first, name in _TEXTS if text.startswith(first)), "")
+    return next((name for first, name in _TEXTS.items() if text.startswith(first)), "")

@@ -76,7 +76,8 @@ def _as_text(document: dict[str, Any], out: str | None) -> str:
     lines += [f"  {printable(note['text'])}" for note in document["notes"] if note["text"] not in why]
     lines += [_HEADERS_ONLY] if document["bad_by"] == "headers" else []
     lines += [
-        f"  damaged: {printable(name)}: {printable(reason)}" for name, reason in list(document["bad"].items())[:20]
+        f"  {'' if reason.startswith(TOO_LARGE) else 'damaged: '}{printable(name)}: {printable(reason)}"
+        for name, reason in list(document["bad"].items())[:20]
     ]
     if len(document["bad"]) > 20:
         lines.append(f"  … and {len(document['bad']) - 20} more (--json lists all)")

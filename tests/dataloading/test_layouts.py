@@ -424,7 +424,7 @@ def test_a_split_that_is_no_name_is_refused(tmp_path):
 
 
 def test_a_file_of_another_format_is_named_and_a_large_image_is_not_called_damaged(tmp_path, capsys):
-    lay_out(tmp_path, "0.png")
+    Image.new("L", (120, 100)).save(tmp_path / "0.png")
     contents = {
         "1.jpg": b"GIF89a" + bytes(40), "2.jpg": b"\0\0\0\x1cftypavif", "3.jpg": b"version https://git-lfs.github.com/x",
         "4.jpg": b"<!DOCTYPE html><html>", "5.jpg": b"", "6.jpg": b"who knows",
