@@ -21,7 +21,8 @@ def describe_difference(saved: DatasetIndex, current: DatasetIndex) -> str | Non
     """Return what changed from `saved` to `current`, None if nothing did. Sizes, labels and digests are compared
     where both sides know them."""
     rows_before_K, rows_now_K, parts = _different_names(saved.names, current.names)
-    parts += _different_files(saved.files, current.files)
+    if saved.files:  # an earlier version did not keep those of tars
+        parts += _different_files(saved.files, current.files)
     parts += _different_values(saved, "num_bytes_N", current, rows_before_K, rows_now_K)
     if not parts and saved.digest and current.digest and saved.digest != current.digest:
         parts.append("the names and byte sizes are the same, but the contents of the images differ")

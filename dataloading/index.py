@@ -29,6 +29,7 @@ from dataloading.pixel_rules import PixelRules
 
 _FORMAT = "instdisc dataset index 1"
 CHECKSUM_BYTES = 16
+_OFFSET = "offset"
 _COLUMNS = ("name", "num_bytes", "height", "width", "label", "bad")
 
 
@@ -108,7 +109,9 @@ class DatasetIndex:
     num_bytes_N: NDArray[np.int64] | None = None
     """Size of each encoded image (of its pixels, for a source in memory); None where it was not looked at."""
     files: dict[str, int] = field(default_factory=dict)
-    """Byte sizes of the files that hold many images (parquet); empty for other kinds."""
+    """Byte sizes of the files that hold many images (parquet, tars); empty for other kinds."""
+    offsets_N: NDArray[np.int64] | None = None
+    """Where each image begins in its tar; None for other kinds, and where an earlier version listed the tars."""
     rules: PixelRules = field(default_factory=PixelRules)
     """How pixels are made of the images' bytes, which decides sizes and what is bad."""
     notes: tuple[Note, ...] = ()
@@ -151,7 +154,11 @@ class DatasetIndex:
             "pixels": asdict(self.rules),
             "notes": [note.to_plain() for note in self.notes],
         }
-        table = pa.table(columns, names=list(_COLUMNS)).replace_schema_metadata({"index": json.dumps(about)})
+        columns_named: list[str] = [*_COLUMNS]
+        if self.offsets_N is not None:
+            columns.append(pa.array(self.offsets_N, pa.int64()))
+            columns_named.append(_OFFSET)
+        table = pa.table(columns, names=columns_named).replace_schema_metadata({"index": json.dumps(about)})
         unfinished = Path(f"{path}.{os.getpid()}.tmp")
         pq.write_table(table, unfinished, compression="zstd")
         unfinished.replace(path)
@@ -165,7 +172,7 @@ class DatasetIndex:
             about = json.loads((table.schema.metadata or {}).get(b"index", b"{}"))
         except (pa.ArrowException, ValueError) as error:
             raise _not_an_index(path, str(error)) from error
-        if about.get("format") != _FORMAT or tuple(table.column_names) != _COLUMNS:
+        if about.get("format") != _FORMAT or tuple(table.column_names) not in (_COLUMNS, (*_COLUMNS, _OFFSET)):
             raise _not_an_index(path, f"format {about.get('format')!r}, columns {table.column_names}")
         column = {name: table.column(name).combine_chunks() for name in _COLUMNS}
         return cls(
@@ -180,6 +187,7 @@ class DatasetIndex:
             reasons={whole_number(row): reason for row, reason in about["reasons"].items()},
             num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
             files=about["files"],
+            offsets_N=_numpy(table.column(_OFFSET), np.int64) if _OFFSET in table.column_names else None,
             rules=PixelRules.stated(about.get("pixels")),
             notes=told.from_plain(about.get("notes", ())),
         )

@@ -12,6 +12,7 @@ import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from dataloading import notes
 from dataloading.headers import Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
+from dataloading.io_threads import IoThreads
 from dataloading.labels import first_labelled
 from dataloading.layout import KIND_OF_WORD, Part
 from dataloading.listing import existing_root, list_files, list_keys
@@ -33,6 +35,7 @@ from dataloading.tar_samples import Image, Samples
 from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
 _CHUNK = 64
+_HEADERS_AT_ONCE = 32
 _MAX_END_BYTES = 1 << 20  # of zeros after the last member; programs write 1 to 10 kB
 
 
@@ -47,7 +50,7 @@ def open_webdataset(
     storage: Storage | None = None,
 ) -> Dataset:
     """Return the images of WebDataset tars. Arguments and errors as `dataloading.sources.open_dataset`."""
-    listed, read = list_webdataset(root, part, max_rows=max_rows, storage=storage)
+    listed, read = list_webdataset(root, part, max_rows=max_rows, index=index, storage=storage)
     require_same(str(root), index, listed)
     if index is not None and holds(index, rules):
         return Dataset(index.with_notes(listed.notes), None, read)
@@ -59,9 +62,18 @@ def open_webdataset(
 
 
 def list_webdataset(
-    root: str | None, part: Part, *, max_rows: int | None = None, storage: Storage | None = None
+    root: str | None,
+    part: Part,
+    *,
+    max_rows: int | None = None,
+    index: DatasetIndex | None = None,
+    storage: Storage | None = None,
 ) -> tuple[DatasetIndex, ShardReader]:
-    """Return the images of tars as far as the tars' headers tell. Remote tars are read once from end to end."""
+    """Return the images of tars as far as the tars' headers tell.
+
+    Remote tars are read from end to end, unless a saved index knows their members: while the tars have the names and
+    sizes that it says, none is read.
+    """
     where, left_out = str(root), Counter[str]()
     if root is not None and is_remote(root):
         objects = require_storage(root, storage)
@@ -87,10 +99,16 @@ def list_webdataset(
         source = source_of(shards)
         samples = _samples(where, source, shards, max_rows, keep_hidden=part.rule == 1)
         told = (*choice.notes, *notes.left_out(left_out), *notes.left_out(samples.left_out, "members of the tars"))
-        index = _index(f"webdataset {where} ({part.split})", samples)
-        return replace(index, notes=(*told, *index.notes)), _reader(source, samples.images)
+        listed = _index(f"webdataset {where} ({part.split})", samples, shards)
+        return replace(listed, notes=(*told, *listed.notes)), _reader(source, samples.images)
 
-    return first_labelled(choose_files(list(size_of), part, where=where, what="tars"), list_one)
+    choices = choose_files(list(size_of), part, where=where, what="tars")
+    for choice in choices if index is not None else ():
+        shards = [Shard(name, size_of[name], 0, ()) for name in choice.names]
+        members = None if index is None else _saved_members(index, shards)
+        if index is not None and members is not None and _are_there(source := source_of(shards), members):
+            return index, _reader(source, members)
+    return first_labelled(choices, list_one)
 
 
 def _samples(
@@ -125,7 +143,39 @@ def _reader(source: LocalShards | RemoteShards, members: list[Image]) -> ShardRe
     )
 
 
-def _index(source: str, samples: Samples) -> DatasetIndex:
+def _saved_members(index: DatasetIndex, shards: Sequence[Shard]) -> list[Image] | None:
+    """Return the images of a saved index; None where it does not know their places, or where the tars are others."""
+    offsets_N, lengths_N = index.offsets_N, index.num_bytes_N
+    if offsets_N is None or lengths_N is None or index.files != {shard.name: shard.num_bytes for shard in shards}:
+        return None
+    members, number = [], 0
+    for name, offset, length in zip(index.names, offsets_N.tolist(), lengths_N.tolist(), strict=True):
+        while number < len(shards) and not name.startswith(f"{shards[number].name}/"):
+            number += 1
+        if number == len(shards) or not 0 <= offset <= shards[number].num_bytes - length:
+            return None
+        members.append(Image(name, number, offset, length))
+    return members
+
+
+def _are_there(source: LocalShards | RemoteShards, members: Sequence[Image]) -> bool:
+    """Whether each tar has the header of its last image where that was: another tar may have the same size."""
+    with closing(IoThreads(_HEADERS_AT_ONCE, "look-at-tars")) as threads:
+        last = {member.shard: member for member in members}
+        found = [threads.submit(_has_header, source, member) for member in last.values()]
+        return all(future.result() for future in found)
+
+
+def _has_header(source: LocalShards | RemoteShards, member: Image) -> bool:
+    start = member.offset - tarfile.BLOCKSIZE
+    try:
+        header = source.read(member.shard, start, tarfile.BLOCKSIZE) if start >= 0 else b""
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == member.length
+    except tarfile.HeaderError:
+        return False
+
+
+def _index(source: str, samples: Samples, shards: Sequence[Shard]) -> DatasetIndex:
     images, labels = samples.images, samples.labels()
     names = Names.of(image.name for image in images)
     num_bytes_N = np.array([image.length for image in images], dtype=np.int64)
@@ -139,6 +189,8 @@ def _index(source: str, samples: Samples) -> DatasetIndex:
         bad_N=np.zeros(len(images), dtype=np.bool_),
         digest=list_digest(names, num_bytes_N),
         num_bytes_N=num_bytes_N,
+        files={shard.name: shard.num_bytes for shard in shards},
+        offsets_N=np.array([image.offset for image in images], dtype=np.int64),
         notes=labels.notes,
     )
 
