@@ -68,6 +68,14 @@ class ShardBytes(Protocol):
         """
         ...
 
+    def num_bytes(self, shard: int) -> int:
+        """Return the bytes that a shard has where it lies. Raises OSError."""
+        ...
+
+    def other_tars(self) -> list[str]:
+        """Return the names of tars beside the shards that are none of them, sorted. Raises OSError."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class ShardReader:
@@ -163,6 +171,14 @@ class LocalShards:
         if compare and checksum is not None and image_checksum(data) != checksum:
             raise ValueError(f"bytes {offset:,} to {offset + length:,} of {path} differ from the manifest's checksum")
         return data
+
+    def num_bytes(self, shard: int) -> int:
+        """Return the bytes that a shard has on the disk. Raises OSError."""
+        return (self.folder / self.names[shard]).stat().st_size
+
+    def other_tars(self) -> list[str]:
+        """Return the names of tars in the folder that are no shards, sorted."""
+        return sorted({path.name for path in self.folder.glob("*.tar")} - set(self.names))
 
     def _opened(self, shard: int) -> _Open:
         with self._lock:
@@ -261,6 +277,15 @@ class RemoteShards:
             self.cache.path(self.cache_key(shard)),
             f"{self.objects.uri}/{self.key(shard)}",
         )
+
+    def num_bytes(self, shard: int) -> int:
+        """Return the bytes that a shard has in the storage. Raises OSError."""
+        return self.objects.size(self.key(shard))
+
+    def other_tars(self) -> list[str]:
+        """Return the names of tars beside the shards that are none of them, sorted. Raises OSError."""
+        found = {key.removeprefix(self.folder) for key, _ in self.objects.list_sizes(self.folder)}
+        return sorted({name for name in found if name.endswith(".tar")} - {shard.name for shard in self.shards})
 
     def key(self, shard: int) -> str:
         """Return the object's key."""

@@ -26,7 +26,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataloading import notes
-from dataloading.index import CHECKSUM_BYTES, DatasetError, DatasetIndex, Names, ShardLayout, list_digest
+from dataloading.index import (
+    CHECKSUM_BYTES,
+    MAX_CLASSES,
+    DatasetError,
+    DatasetIndex,
+    Names,
+    ShardLayout,
+    list_digest,
+)
 from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
 
@@ -54,6 +62,8 @@ _COLUMNS = {
     "row_of_place": pa.int64(),
 }
 _OPTIONAL, _BINARY = {"label", "row_of_place"}, {"name", "checksum"}
+_ABOUT, _ABOUT_DIGEST = "instdisc", "instdisc sha256"
+"""Keys of the schema's metadata: what the manifest says beside its columns, as JSON, and the digest of that."""
 _FINGERPRINT = re.compile("[0-9a-f]{32}")
 _ROWS_AT_ONCE = 1 << 22
 
@@ -89,6 +99,8 @@ class ShardManifest:
     depending: dict[str, int] = field(default_factory=dict)
     """How many images depend on each of the pixel rules (by the name of its field), so that other rules would give
     other sizes, pixels or damaged images; empty in manifests of versions before the rules."""
+    column_digests: dict[str, str] = field(default_factory=dict)
+    """sha256 (hex) of each column, `column_digest`; empty in older manifests."""
 
     @property
     def layout(self) -> ShardLayout:
@@ -96,6 +108,11 @@ class ShardManifest:
         num_rows_S = np.array([shard.num_rows for shard in self.shards], dtype=np.int64)
         numbers_S = np.flatnonzero(num_rows_S)
         return ShardLayout(numbers_S, num_rows_S[numbers_S], self.row_of_place_N)
+
+    def checksum_array(self) -> pa.FixedSizeBinaryArray:
+        """Return the checksums as the manifest has them."""
+        buffers = [None, pa.py_buffer(np.ascontiguousarray(self.checksum_N))]
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(CHECKSUM_BYTES), len(self.checksum_N), buffers)
 
     def first_rows(self, num_rows: int) -> ShardManifest:
         """Return the manifest of the first rows alone. Their digest is that of the source's first rows."""
@@ -157,7 +174,7 @@ class ShardManifest:
 
     def save(self, path: Path) -> None:
         """Write the manifest to a local file."""
-        index, num_rows = self.index, self.index.num_rows
+        index = self.index
         columns: dict[str, pa.Array] = {
             "name": Names.of(index.names).array,
             "length": pa.array(self.length_N, pa.int64()),
@@ -166,9 +183,7 @@ class ShardManifest:
             "bad": pa.array(index.bad_N.view(np.uint8), pa.uint8()),
             "shard": pa.array(self.shard_N, pa.int32()),
             "offset": pa.array(self.offset_N, pa.int64()),
-            "checksum": pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(CHECKSUM_BYTES), num_rows, [None, pa.py_buffer(np.ascontiguousarray(self.checksum_N))]
-            ),
+            "checksum": self.checksum_array(),
         }
         if index.labels_N is not None:
             columns["label"] = pa.array(index.labels_N, pa.int64())
@@ -186,9 +201,12 @@ class ShardManifest:
             "piece_bytes": PIECE_BYTES,
             "pixels": asdict(index.rules),
             "depending": self.depending,
+            "columns": {name: column_digest(column) for name, column in columns.items()},
             "shards": [asdict(shard) for shard in self.shards],
         }
-        batch = pa.record_batch(columns).replace_schema_metadata({"instdisc": json.dumps(about)})
+        text = json.dumps(about)
+        metadata = {_ABOUT: text, _ABOUT_DIGEST: hashlib.sha256(text.encode()).hexdigest()}
+        batch = pa.record_batch(columns).replace_schema_metadata(metadata)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
 
@@ -196,6 +214,7 @@ class ShardManifest:
 def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
     """Return the manifest in a buffer, whose memory it goes on using. where: its place, for messages.
 
+    Names and checksums, which nobody reads at once, are not compared with their digests: `instdisc verify` does that.
     Raises DatasetError for anything else than a whole manifest.
     """
     try:
@@ -203,7 +222,12 @@ def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
             if reader.num_record_batches != 1:
                 raise ValueError(f"{reader.num_record_batches} record batches")
             batch = reader.get_batch(0)
-        about = json.loads((batch.schema.metadata or {}).get(b"instdisc", b"{}"))
+        batch.validate(full=True)  # places outside of a column would end the process when they are read
+        metadata = batch.schema.metadata or {}
+        text, digest = metadata.get(_ABOUT.encode(), b"{}"), metadata.get(_ABOUT_DIGEST.encode())
+        if digest is not None and hashlib.sha256(text).hexdigest().encode() != digest:
+            raise ValueError("what it says of the shards differs from its digest")
+        about = json.loads(text)
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise ValueError("another format")
         return _manifest(about, {name: batch.column(name) for name in batch.schema.names})
@@ -220,6 +244,13 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
             raise ValueError(f"no column {name}")
         if name in columns and (columns[name].type != kind or columns[name].null_count):
             raise ValueError(f"column {name} of {columns[name].type} with {columns[name].null_count} nulls, not {kind}")
+    digests = about.get("columns", {})
+    expected = digests.keys() or _COLUMNS.keys()
+    if not columns.keys() <= expected or (digests and columns.keys() != expected):
+        raise ValueError(f"columns {', '.join(columns)}, not {', '.join(expected)}")
+    for name in columns.keys() & _COLUMNS.keys() - _BINARY if digests else ():
+        if column_digest(columns[name]) != digests.get(name):
+            raise ValueError(f"column {name} differs from its digest")
     if about["piece_bytes"] != PIECE_BYTES or about["digest_of"] not in DIGESTS:
         raise ValueError(f"pieces of {about['piece_bytes']} bytes, digest of {about['digest_of']!r}")
     shards = tuple(Shard(**{**shard, "pieces": tuple(shard["pieces"])}) for shard in about["shards"])
@@ -248,6 +279,7 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         num_bytes_N=values["length"] if about["digest_of"] != "pixels" else heights_N.astype(np.int64) * widths_N * 3,
         rules=PixelRules.stated(about.get("pixels")),
     )
+    _check_values(index)
     _check_places(shards, values)
     return ShardManifest(
         index=index,
@@ -259,7 +291,8 @@ def _manifest(about: dict[str, Any], columns: dict[str, pa.Array]) -> ShardManif
         row_of_place_N=values.get("row_of_place"),
         digest_of=about["digest_of"],
         fingerprint=about["fingerprint"],
-        depending={str(name): int(num) for name, num in about.get("depending", {}).items()},
+        depending=about.get("depending", {}),
+        column_digests=digests,
     )
 
 
@@ -271,6 +304,22 @@ def _check_shard(shard: Shard) -> None:
         raise ValueError(f"shard {shard.name} of {shard.num_bytes!r} bytes, {shard.num_rows!r} rows")
     if len(shard.pieces) != -(-shard.num_bytes // PIECE_BYTES) or not all(type(p) is str for p in shard.pieces):
         raise ValueError(f"shard {shard.name} of {shard.num_bytes:,} bytes with {len(shard.pieces)} checksums")
+
+
+def _check_values(index: DatasetIndex) -> None:
+    """Raise ValueError where a value of a column cannot be."""
+    num_rows, labels_N = index.num_rows, index.labels_N
+    if num_rows == 0:
+        return
+    limit = len(index.class_names) or MAX_CLASSES
+    if labels_N is not None and not 0 <= int(labels_N.min()) <= int(labels_N.max()) < limit:
+        raise ValueError(f"labels from {labels_N.min()} to {labels_N.max()}, expected 0 to {limit - 1}")
+    if index.bad_N.view(np.uint8).max() > 1:
+        raise ValueError("a row that is neither damaged nor not")
+    if min(int(index.heights_N.min()), int(index.widths_N.min())) < 0:
+        raise ValueError("an image of negative size")
+    if not all(0 <= row < num_rows for row in index.reasons):
+        raise ValueError(f"a reason for damage of a row beyond {num_rows}")
 
 
 def _check_places(shards: Sequence[Shard], values: dict[str, NDArray]) -> None:
@@ -308,6 +357,21 @@ def _check_places(shards: Sequence[Shard], values: dict[str, NDArray]) -> None:
         raise ValueError(f"row {int(np.argmin(seen_N))} has no place, another has two")
     if (counts_S != num_rows_S).any():
         raise ValueError(f"shard {shards[int(np.argmax(counts_S != num_rows_S))].name} holds another number of rows")
+
+
+def column_digest(column: pa.Array) -> str:
+    """Return the sha256 (hex) of a column's values, however the array lies in memory."""
+    digest = hashlib.sha256(f"{column.type} {len(column)} ".encode())
+    if pa.types.is_large_binary(column.type):
+        offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset :][: len(column) + 1]
+        text = column.buffers()[2]
+        digest.update(np.diff(offsets).tobytes())
+        digest.update(memoryview(text)[offsets[0] : offsets[-1]] if text is not None else b"")
+    else:
+        width = column.type.byte_width if pa.types.is_fixed_size_binary(column.type) else column.type.bit_width // 8
+        start = column.offset * width
+        digest.update(memoryview(column.buffers()[1])[start : start + len(column) * width])
+    return digest.hexdigest()
 
 
 def fingerprint_of(*parts: bytes) -> str:

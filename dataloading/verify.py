@@ -16,7 +16,7 @@ from dataloading.index import Names, image_checksum, list_digest
 from dataloading.pack_unit import look_at
 from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import CutShortError, ShardBytes, in_pieces
-from dataloading.shards import PIECE_BYTES, Shard, ShardManifest
+from dataloading.shards import PIECE_BYTES, Shard, ShardManifest, column_digest
 from dataloading.storage import ParallelMap
 from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
@@ -35,6 +35,7 @@ class VerifyTask:
     heights_R: NDArray[np.int32]
     widths_R: NDArray[np.int32]
     bad_R: NDArray[np.bool_]
+    labels_R: NDArray[np.int64] | None
     rules: PixelRules
 
 
@@ -51,6 +52,15 @@ def verify(
     index = manifest.index
     if manifest.digest_of == "list" and list_digest(Names.of(index.names), manifest.length_N) != index.digest:
         yield "manifest: names and sizes do not give its digest; pack the images again"
+    columns = {"name": Names.of(index.names).array, "checksum": manifest.checksum_array()}
+    for name, column in columns.items():
+        if manifest.column_digests and column_digest(column) != manifest.column_digests[name]:
+            yield f"manifest: column {name} differs from its digest; pack the images again"
+    if others := source.other_tars():
+        yield (
+            f"{len(others)} tars that are none of its shards, for instance {others[0]}: programs that read all tars "
+            "would read them; remove them"
+        )
     order = np.argsort(manifest.shard_N, kind="stable")
     ends_S = np.cumsum(np.bincount(manifest.shard_N, minlength=len(manifest.shards)))
     rows_of_shard = np.split(order, ends_S[:-1])
@@ -78,6 +88,7 @@ def _task(manifest: ShardManifest, source: ShardBytes, number: int, rows: NDArra
         heights_R=index.heights_N[rows],
         widths_R=index.widths_N[rows],
         bad_R=index.bad_N[rows],
+        labels_R=None if index.labels_N is None else index.labels_N[rows],
         rules=index.rules,
     )
 
@@ -91,6 +102,11 @@ def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
             if image_checksum(piece).hex() != shard.pieces[number]:
                 problems.append(f"{shard.name}: piece {number} (bytes from {len(data):,}) differs from its checksum")
             data += piece
+        if (found := task.source.num_bytes(task.number)) > shard.num_bytes:
+            problems.append(
+                f"{shard.name}: found {found:,} bytes, expected {shard.num_bytes:,}: something was appended, which "
+                "programs that read tars see; pack the images again"
+            )
     except (FileNotFoundError, CutShortError) as error:
         return [f"{shard.name}: {error}"], len(task.names), len(data)
     problems += _tar_problems(task, data)
@@ -112,12 +128,30 @@ def verify_shard(task: VerifyTask) -> tuple[list[str], int, int]:
 
 
 def _tar_problems(task: VerifyTask, data: bytearray) -> list[str]:
-    """Return what other programs would stumble over: members that are not where the manifest has them."""
+    """Return what other programs would stumble over: members that are not where, or what, the manifest has them."""
+    shard, places, labels = task.shard.name, {}, {}
     try:
         with open_tar(len(data), file=io.BytesIO(data)) as tar:
-            members = {(m.offset_data, m.size) for m in members_of(tar, len(data)) if m.isfile()}
+            for member in members_of(tar, len(data)):
+                folder, _, last = member.name.rpartition("/")
+                sample, _, ending = last.partition(".")
+                if member.isfile() and ending == "cls":
+                    labels[folder, sample] = bytes(data[member.offset_data : member.offset_data + member.size])
+                elif member.isfile():
+                    places[member.offset_data, member.size] = (folder, sample)
     except TAR_ERRORS as error:
-        return [f"{task.shard.name}: no whole tar file: {error}"]
-    places = zip(task.names, task.offsets_R.tolist(), task.lengths_R.tolist(), strict=True)
-    lost = [name for name, offset, length in places if (offset, length) not in members]
-    return [f"{task.shard.name}: {len(lost)} images are no members of the tar, for instance {lost[0]}"] if lost else []
+        return [f"{shard}: no whole tar file: {error}"]
+    problems: list[str] = []
+    samples = [places.pop(place, None) for place in zip(task.offsets_R.tolist(), task.lengths_R.tolist(), strict=True)]
+    lost = [name for name, sample in zip(task.names, samples, strict=True) if sample is None]
+    if lost:
+        problems.append(f"{shard}: {len(lost)} images are no members of the tar, for instance {lost[0]}")
+    if places:
+        foreign = "/".join(filter(None, next(iter(places.values()))))
+        problems.append(f"{shard}: {len(places)} members that the manifest does not know, for instance {foreign}")
+    for i, sample in enumerate(samples if task.labels_R is not None else ()):
+        expected = str(task.labels_R[i]).encode() if task.labels_R is not None else b""
+        if sample is not None and labels.get(sample) != expected:
+            found = labels.get(sample, b"none")[:40].decode(errors="replace")
+            problems.append(f"{shard}: {task.names[i]}: found label {found}, the manifest says {expected.decode()}")
+    return problems
