@@ -106,10 +106,12 @@ def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
-                starts.append(starts[-1] + file.metadata.num_rows)
+                starts.append(starts[-1] + _num_rows(path, file.metadata))
                 schemas.append(file.schema_arrow)
-        except pa.ArrowException as error:
-            raise DatasetError(f"{path} is not a whole parquet file ({error}); fetch or write it again") from error
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise _not_whole(path, error) from error
     image, label = _image_column(paths[0], schemas[0]), label_column(schemas[0])
     for path, schema in zip(paths, schemas, strict=True):
         if (_image_column(path, schema), label_column(schema)) != (image, label):
@@ -126,19 +128,37 @@ def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
     return _Files(str(root), paths, names, tuple(starts), image, label, class_names(schemas[0], label), unused)
 
 
+def _num_rows(path: Path, about: pq.FileMetaData) -> int:
+    """Return the rows of a file. Raises ValueError where its footer contradicts itself, or claims the impossible."""
+    groups = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+    if min(groups, default=0) < 0 or sum(groups) != about.num_rows:
+        raise ValueError(f"{about.num_rows:,} rows, but row groups of {groups[:8]}")
+    if about.num_rows > (num_bytes := path.stat().st_size):
+        raise ValueError(f"{about.num_rows:,} rows in {num_bytes:,} bytes")
+    return about.num_rows
+
+
+def _not_whole(path: Path, error: Exception) -> DatasetError:
+    return DatasetError(f"{path} is not a whole parquet file ({error}); fetch or write it again")
+
+
 def _image_column(path: Path, schema: pa.Schema) -> str:
     """Return the leaf column of the images."""
     for name in IMAGE_COLUMNS:
         if name in schema.names:
             kind = schema.field(name).type
-            if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            if _is_bytes(kind):
                 return name
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):
                 return f"{name}.bytes"
     raise DatasetError(
         f"{path}: found columns {', '.join(schema.names)}; expected a column {' or '.join(IMAGE_COLUMNS)} with the "
-        "encoded images (a struct with `bytes`). Rename the column, or write the images as a folder"
+        "encoded images (bytes, or a struct with `bytes`). Rename the column, or write the images as a folder"
     )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _listing(source: str, files: _Files, num_rows: int) -> DatasetIndex:
@@ -167,18 +187,29 @@ def _row_names(files: _Files, num_rows: int) -> Iterator[str]:
 def _labels(files: _Files, num_rows: int) -> Labels:
     if files.label is None:
         return no_labels(f"{files.names[0]} has no column of labels")
-    columns = [pq.ParquetFile(path).read([files.label]).column(0) for path in files.paths]
+    columns = [_read_column(path, files.label) for path in files.paths]
     kinds = list(dict.fromkeys(column.type for column in columns))
     if len(kinds) > 1 and not all(map(pa.types.is_integer, kinds)):
         return no_labels(f"column {files.label} holds {' in one file, '.join(map(str, kinds))} in another")
     kind = kinds[0] if len(kinds) == 1 else pa.int64()
     column = pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)[:num_rows]
+    if len(column) < num_rows:
+        raise DatasetError(f"{files.where}, column {files.label}: found {len(column):,} labels of {num_rows:,} rows")
 
     def place(row: int) -> str:
         file = bisect_right(files.starts, row) - 1
         return f"{files.names[file]}, row {row - files.starts[file]}"
 
     return column_labels(column, files.label, files.class_names, place)
+
+
+def _read_column(path: Path, name: str) -> pa.ChunkedArray:
+    try:
+        return pq.ParquetFile(path).read([name]).column(0)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DatasetError(f"{path}, column {name}: {error}; fetch or write the file again") from error
 
 
 def _scan(
@@ -191,11 +222,12 @@ def _scan(
     content = hashlib.sha256()
     sizes: list[int] = []
 
-    def chunks() -> Iterator[list[bytes | None]]:
+    def chunks() -> Iterator[list[bytes | ValueError]]:
         for images in reader.batches(listed.num_rows, _CHUNK):
             for image in images:
-                sizes.append(len(image or b""))
-                content.update(image_checksum(image or b""))
+                encoded = image if isinstance(image, bytes) else b""
+                sizes.append(len(encoded))
+                content.update(image_checksum(encoded))
             yield images
 
     dataset = scan_dataset(
@@ -206,7 +238,7 @@ def _scan(
     return replace(dataset, index=replace(dataset.index, digest=digest, num_bytes_N=num_bytes_N))
 
 
-def _open_bytes(image: bytes | None) -> BinaryIO:
-    if image is None:
-        raise ValueError("the row holds no bytes (only a path?)")
+def _open_bytes(image: bytes | ValueError) -> BinaryIO:
+    if isinstance(image, ValueError):
+        raise image
     return io.BytesIO(image)
