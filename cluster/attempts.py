@@ -9,20 +9,23 @@ decides which checkpoints are valid: an older one that still runs (a zombie) har
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+from cluster.document_kinds import ID_OR_NONE, IDS, TEXT, WHOLE, require_kinds
 from cluster.manifest import (
     ManifestError,
     ManifestId,
     NewerFormatError,
     decode_document,
     encode_document,
+    read_bytes,
     visible_chain,
 )
+from cluster.rereading import read_again
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 from cluster.threads import in_threads
@@ -30,6 +33,7 @@ from cluster.threads import in_threads
 _NUM_THREADS = 16
 _NUMBER = re.compile(r"attempts/(\d{6,})(?:\.start)?\.json")
 """Either record shows that a number was won: one that vanished must not be won again."""
+_OF_RECORD = {"number": WHOLE, "parent": ID_OR_NONE, "damaged": IDS, "token": TEXT, "created": TEXT}
 _START = re.compile(r"attempts/(\d{6,})\.start\.json")
 
 
@@ -56,7 +60,8 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What the store says about a run: the attempts on the newest one's chain by number, and all manifests.
+    """What the store says about a run: the attempts on the newest one's chain by number, as far back as there are
+    manifests, and all manifests.
 
     newest: the highest number that was won, 0 if none was; that attempt may not have started yet.
     """
@@ -73,6 +78,16 @@ class History:
     def chain(self) -> list[ManifestId]:
         """The valid manifests, oldest first."""
         return visible_chain(self.parents, self.manifests)
+
+    @property
+    def candidates(self) -> list[ManifestId]:
+        """What a new attempt may start from, oldest first: the valid manifests, and where nothing was saved since the
+        newest attempt started, those that it could not read: they may be intact after all.
+        """
+        chain, parent = self.chain, self.parents[max(self.parents)] if self.parents else None
+        if parent is None or chain[-1:] != [parent]:
+            return chain
+        return [*chain, *sorted(id for id in set(self.damaged) & set(self.manifests) if id > parent)]
 
     @property
     def damaged(self) -> tuple[ManifestId, ...]:
@@ -105,18 +120,37 @@ def read_history(store: Store, known: Mapping[int, Attempt] | None = None) -> Hi
             f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt: the run was "
             "changed by hand; put attempts/ back, or start a new run under another URI"
         )
-    attempts: dict[int, Attempt] = {}
     number = _newest_started(store, numbers, started | set(known))
     if manifests and manifests[-1].attempt > (number or 0):
         raise CheckpointError(
             f"{store.uri} has a manifest of attempt {manifests[-1].attempt} but no record of that attempt's start: the "
             f"run was changed by hand; put {_start_key(manifests[-1].attempt)} back, or start a new run elsewhere"
         )
-    while number is not None:
-        attempts[number] = known[number] if number in known else read_attempt(store, number)
-        parent = attempts[number].parent
-        number = parent.attempt if parent else None
+    attempts: dict[int, Attempt] = {}
+    if number is not None:
+        # Older attempts say nothing of the manifests that are there.
+        oldest = manifests[0].attempt if manifests else number
+        ahead = [other for other in numbers if oldest <= other <= number and other not in known and other in started]
+        records = {**known, **dict(zip(ahead, in_threads(_reader(store), ahead, _NUM_THREADS), strict=True))}
+        while number is not None and (number >= oldest or not attempts):
+            record = records.get(number) or read_attempt(store, number)
+            if isinstance(record, Exception):
+                raise record
+            attempts[number] = record
+            number = record.parent.attempt if record.parent else None
     return History(attempts=attempts, manifests=manifests, newest=numbers[-1] if numbers else 0)
+
+
+def _reader(store: Store) -> Callable[[int], Attempt | Exception]:
+    """Return `read_attempt` that returns what is wrong with a record: it may be one that nobody needs."""
+
+    def read(number: int) -> Attempt | Exception:
+        try:
+            return read_attempt(store, number)
+        except (CheckpointError, NewerFormatError) as error:
+            return error
+
+    return read
 
 
 def read_attempts(store: Store) -> dict[int, Attempt]:
@@ -124,14 +158,8 @@ def read_attempts(store: Store) -> dict[int, Attempt]:
     at a time. Those that cannot be read are left out.
     """
 
-    def read(number: int) -> Attempt | None:
-        try:
-            return read_attempt(store, number)
-        except (CheckpointError, NewerFormatError):
-            return None
-
-    found = in_threads(read, attempt_numbers(store), _NUM_THREADS)
-    return {attempt.number: attempt for attempt in found if attempt is not None}
+    found = in_threads(_reader(store), attempt_numbers(store), _NUM_THREADS)
+    return {attempt.number: attempt for attempt in found if isinstance(attempt, Attempt)}
 
 
 def read_attempt(store: Store, number: int) -> Attempt:
@@ -143,17 +171,19 @@ def read_attempt(store: Store, number: int) -> Attempt:
         except ObjectMissingError:
             document = _peek(store, number)
             if "parent" not in document:
-                raise
-            key = _number_key(number)  # format 1 had one record for both
+                # The record of the number is there, so this one may be, too.
+                document = read_again(store, lambda: _read(store, key), (ObjectMissingError,))
+            else:
+                key = _number_key(number)  # format 1 had one record for both
+        require_kinds(document, _OF_RECORD, key)
         parent = document.pop("parent")
         damaged = tuple(ManifestId(*id) for id in document.pop("damaged"))
         attempt = Attempt(parent=ManifestId(*parent) if parent else None, damaged=damaged, **document)
-        ids = [*damaged, *([attempt.parent] if attempt.parent else [])]
-        if not all(type(part) is int and part >= 0 for id in ids for part in id):
-            raise ManifestError(f"{key} contradicts itself: found {ids}, expected pairs of an attempt and a step")
         if attempt.number != number or (attempt.parent and attempt.parent.attempt >= number):
             raise ManifestError(f"{key} contradicts itself: number {attempt.number}, parent {attempt.parent}")
-    except (ObjectMissingError, ManifestError, KeyError, TypeError) as error:
+    except (ObjectMissingError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, NewerFormatError):
+            raise
         raise CheckpointError(
             f"the record of attempt {number} cannot be used, and it decides which checkpoints are valid: {error}; put "
             f"{key} in {store.uri} back from a copy, or start a new run under another URI"
@@ -234,7 +264,7 @@ def _newest_started(store: Store, numbers: Sequence[int], started: set[int]) -> 
 def _peek(store: Store, number: int) -> dict[str, Any]:
     """Return what the record of a number says; one that cannot be read may decide which checkpoints are valid."""
     try:
-        return _read(store, _number_key(number))
+        return read_again(store, lambda: _read(store, _number_key(number)), (ObjectMissingError,))
     except (ObjectMissingError, ManifestError) as error:
         raise CheckpointError(
             f"the record of attempt {number} cannot be used, and it decides which checkpoints are valid: {error}; put "
@@ -243,7 +273,8 @@ def _peek(store: Store, number: int) -> dict[str, Any]:
 
 
 def _read(store: Store, key: str) -> dict[str, Any]:
-    return decode_document(store.get(key), f"{key} in {store.uri}")
+    """Return a record; one that seems to be damaged is read again. ObjectMissingError if it is not there."""
+    return read_again(store, lambda: decode_document(read_bytes(store, key), f"{key} in {store.uri}"), (ManifestError,))
 
 
 def _number_key(number: int) -> str:

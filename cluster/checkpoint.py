@@ -64,7 +64,8 @@ class SaveReport:
 
     num_bytes: of all objects written; table_bytes: those of row tables. is_base: whether whole tables were written.
     stall_s: that training waited on this rank. snapshot_s: the longest such wait. write_s: copying, hashing and
-    writing beside training, the slowest rank's. commit_s: the manifest. retention_s: removing older checkpoints.
+    writing beside training, the slowest rank's. commit_s: the manifest. retention_s: removing older checkpoints after
+    the save before, beside training.
     """
 
     attempt: int

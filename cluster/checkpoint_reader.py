@@ -6,13 +6,12 @@ No worker group is needed, and nothing is written: `read_latest` may run while a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cluster.attempts import read_history
@@ -24,7 +23,7 @@ from cluster.manifest import (
     Segment,
     StoredTable,
     describe,
-    read_manifest,
+    read_listed_manifest,
 )
 from cluster.row_table import DTYPES, row_view
 from cluster.store import ObjectMissingError, Store
@@ -41,6 +40,8 @@ from cluster.threads import in_threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LISTINGS = 3
+_LOOKED_UP_BYTES = 2**30
+"""Memory for more than this is taken only for rows that the store has, by the sizes of the objects."""
 
 
 class CheckpointDeletedError(CheckpointError):
@@ -85,6 +86,8 @@ class Checkpoint:
         stop = table.num_rows if stop is None else stop
         if not 0 <= start <= stop <= table.num_rows:
             raise ValueError(f"table {name!r}: found rows [{start}, {stop}), expected them in [0, {table.num_rows})")
+        if (stop - start) * table.row_bytes > _LOOKED_UP_BYTES:
+            self._require_sizes(table.overlapping(start, stop))
         rows = torch.empty((stop - start, *table.row_shape), dtype=DTYPES[table.dtype])
         self.read_rows(name, start, rows)
         return rows
@@ -120,10 +123,11 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
-        data = bytes(self._read(self.manifest.tensors))
+        with self._explained():
+            data = read_object(self._store, self.manifest.tensors, self._num_threads)
         try:
             return deserialize(data)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise DamagedObjectError(
                 f"object {self.manifest.tensors.key} in {self._store.uri} is not in the safetensors format: {error}"
             ) from error
@@ -132,6 +136,18 @@ class Checkpoint:
         if name not in self.tables:
             raise ValueError(f"table: found {name!r}, expected one of {', '.join(self.tables) or 'none'}")
         return self.tables[name]
+
+    def _require_sizes(self, segments: Sequence[Segment]) -> None:
+        """Raise DamagedObjectError unless all segments have their sizes, before memory is taken for what they hold."""
+        with self._explained():
+            for folder in dict.fromkeys(segment.key.rpartition("/")[0] for segment in segments):
+                sizes = dict(self._store.list_sizes(f"{folder}/"))
+                for segment in segments:
+                    if segment.key.startswith(f"{folder}/") and sizes.get(segment.key) != segment.num_bytes:
+                        raise DamagedObjectError(
+                            f"object {segment.key} in {self._store.uri} is missing or does not have its "
+                            f"{segment.num_bytes} bytes"
+                        )
 
     def _read(self, stored: StoredObject) -> bytearray:
         with self._explained():
@@ -233,7 +249,7 @@ def read_latest(store: Store) -> Checkpoint | None:
         problems.clear()
         for id in reversed(chain):
             try:
-                return Checkpoint(store, read_manifest(store, id))
+                return Checkpoint(store, read_listed_manifest(store, id))
             except (ManifestError, ObjectMissingError) as error:
                 problems.append(str(error))
         if not chain:
@@ -250,7 +266,7 @@ def verify_share(
     None if the manifest itself is damaged. Raises StoreError if the store fails, NewerFormatError as `read_latest`.
     """
     try:
-        manifest = read_manifest(store, id)
+        manifest = read_listed_manifest(store, id)
     except (ManifestError, ObjectMissingError) as error:
         return None, [str(error)]
 

@@ -1,4 +1,4 @@
-"""Commits of a run's saves: a manifest is written, and the save is a checkpoint; then older ones may go.
+"""Commits of a run's saves: a manifest is written, and the save is a checkpoint; later on older ones may go.
 
 Nothing is kept between two commits that the store could not tell again.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from cluster.attempts import SupersededError, manifest_ids, read_history, require_newest
-from cluster.manifest import Manifest, ManifestError, ManifestId, read_manifest, visible_chain
+from cluster.attempts import Attempt, History, SupersededError, manifest_ids, read_history, require_newest
+from cluster.manifest import Manifest, ManifestError, ManifestId, read_listed_manifest, read_manifest, visible_chain
 from cluster.parts import Growth, join_parts
-from cluster.retention import Retention, plan_removal, remove
+from cluster.retention import Needs, Retention, plan_removal, remove
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
@@ -57,6 +58,15 @@ class _Run:
         return asdict(Growth.of(self.last)) if self.last else None
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What became of a removal. problems: why something stayed that should not, in sentences."""
+
+    after: SaveId
+    problems: list[str]
+    seconds: float
+
+
 class Commits:
     """The commits of one run's saves to a store. Safe in threads. retention: which checkpoints are kept."""
 
@@ -64,9 +74,18 @@ class Commits:
         self._store = store
         self._retention = retention
         self._run: _Run | None = None
+        self._needs = Needs()
+        self._removable: tuple[_Run, SaveId] | None = None
+        self._records: dict[int, Attempt] = {}
         # An attempt can start while a commit of the one before is still at work: each has its own `_Run`.
         self.wrote: int | None = None
         """The attempt of the newest manifest that this process wrote, rather than a coordinator before it."""
+
+    def history(self) -> History:
+        """Return what the store says about the run; records of attempts, which never change, are read once."""
+        history = read_history(self._store, self._records)
+        self._records = history.attempts
+        return history
 
     def adopt(self, attempt: int) -> dict[str, Any] | None:
         """Take over an attempt from what the store says of it; return the growth of its newest checkpoint, if any.
@@ -90,8 +109,8 @@ class Commits:
         # A manifest beside a newer attempt's is never valid; whoever wrote it must not count on it.
         require_newest(self._store, id.attempt)
         run.last = manifest
-        committed_s = time.perf_counter()
-        warnings = self._remove_old(run, id)
+        self._needs.learn(manifest)
+        self._removable = run, id
         written = [stored for stored in manifest.objects() if stored.key.startswith(f"{id.prefix}/")]
         num_bytes = sum(stored.num_bytes for stored in written)
         return {
@@ -100,11 +119,9 @@ class Commits:
             "is_base": not any(part["since"] for part in parts),
             "snapshot_s": max(part["snapshot_s"] for part in parts),
             "write_s": max(part["write_s"] for part in parts),
-            "commit_s": committed_s - started_s,
-            "retention_s": time.perf_counter() - committed_s,
+            "commit_s": time.perf_counter() - started_s,
             "wish": parts[0].get("wish", 0),
             "growth": run.growth,
-            "warnings": warnings,
         }
 
     def _written(self, run: _Run, id: SaveId, parts: Sequence[Mapping[str, Any]]) -> Manifest:
@@ -152,37 +169,66 @@ class Commits:
         since = parts[0]["since"]
         if since is None or (run.last is not None and run.last.id == ManifestId(*since)):
             return run.last
-        return read_manifest(self._store, ManifestId(*since))
+        return read_listed_manifest(self._store, ManifestId(*since))
 
     def _adopted(self, attempt: int) -> _Run:
-        history = read_history(self._store)
+        history = self.history()
         if max(history.attempts, default=0) != attempt:
             raise SupersededError(
                 f"attempt {attempt} has not started, or is no longer the newest: this process must end"
             )
         chain = history.chain
-        last = read_manifest(self._store, chain[-1]) if chain else None
+        last = read_listed_manifest(self._store, chain[-1]) if chain else None
         run = self._run = _Run(attempt, history.parents, history.damaged, last)
         return run
 
-    def _remove_old(self, run: _Run, id: SaveId) -> list[str]:
-        """Apply retention; a failure costs space and not the checkpoint, so that it is a warning."""
+    def remove_old(self, is_wanted: Callable[[SaveId], bool]) -> Removed | None:
+        """Apply retention after the newest commit; None if there was none since the last call. Not while another call
+        of it is at work.
+
+        is_wanted: asked before each piece of the work whether to go on after this save; what is left then is found the
+        next time. A failure costs space and not the checkpoint, so that it is a warning.
+        """
+        removable = self._removable
+        if removable is None:
+            return None
+        run, id = removable
+        started_s = time.perf_counter()
+        problems: list[str] = []
         try:
-            manifests = manifest_ids(self._store)
-            removal = plan_removal(
-                self._store,
-                attempt=id.attempt,
-                save=id.number,
-                chain=visible_chain(run.parents, manifests),
-                manifests=manifests,
-                damaged=run.damaged,
-                retention=self._retention,
-                dead_attempts=not run.is_cleaned,
-            )
-            # A newer attempt may need what this one would delete, if it found the newest checkpoints damaged.
-            require_newest(self._store, id.attempt)
-            remove(self._store, removal)
+            problems += self._remove(run, id, is_wanted)
+        except Exception as error:
+            # Whatever it is: checkpoints are committed all the same.
+            text = str(error) if isinstance(error, OSError) else repr(error)
+            problems.append(f"older checkpoints were not removed: {text}")
+        if self._removable is removable:
+            self._removable = None
+        return Removed(id, problems, time.perf_counter() - started_s)
+
+    def _remove(self, run: _Run, id: SaveId, is_wanted: Callable[[SaveId], bool]) -> list[str]:
+        manifests = manifest_ids(self._store)
+        chain = visible_chain(run.parents, manifests)
+        self._needs.forget_all_but(manifests)
+        removal = plan_removal(
+            self._store,
+            attempt=id.attempt,
+            save=id.number,
+            chain=[other for other in chain if other <= id.manifest],
+            newer=[other for other in chain if other > id.manifest],
+            manifests=manifests,
+            damaged=run.damaged,
+            retention=self._retention,
+            dead_attempts=not run.is_cleaned,
+            needs=self._needs,
+        )
+        # A newer attempt may need what this one would delete, if it found the newest checkpoints damaged.
+        require_newest(self._store, id.attempt)
+
+        def look(done: int, total: int) -> None:
+            if not is_wanted(id):
+                raise InterruptedError(f"{total - done} of {total} objects are left for the next time")
+
+        with suppress(InterruptedError):
+            remove(self._store, removal, look)
             run.is_cleaned = True
-        except OSError as error:
-            return [f"older checkpoints were not removed: {error}"]
-        return []
+        return removal.problems

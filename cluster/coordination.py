@@ -25,7 +25,7 @@ from cluster.store import ObjectMissingError, Store, StoreError
 from cluster.stored_object import CheckpointError
 
 IDLE_S = 1.0
-CLOSE_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S, REMOVAL_TIMEOUT_S = 10.0, 4.0
 _ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
@@ -82,17 +82,21 @@ class CoordinatorSpec:
 
 
 class CoordinatorService:
-    """A coordinator at work: a thread commits what is complete, another renews the heartbeat. Close it."""
+    """A coordinator at work: a thread commits what is complete, one removes what that made superfluous, one renews the
+    heartbeat. Close it.
+    """
 
     def __init__(self, store: Store, coordinator: Coordinator, lease: Lease) -> None:
         self._store, self._coordinator, self._lease = store, coordinator, lease
         self._closing = threading.Event()
-        self._arrived = threading.Event()
+        self._arrived, self._committed, self._giving_up = threading.Event(), threading.Event(), threading.Event()
+        self._has_committed_last = False
         self._wishing = threading.Lock()
         self._wanted_saves = 0
         self._is_superseded = False
         self._threads = [
             threading.Thread(target=self._commit, name="coordinator-commit", daemon=True),
+            threading.Thread(target=self._remove, name="coordinator-remove", daemon=True),
             threading.Thread(target=self._beat, name="coordinator-beat", daemon=True),
         ]
         for thread in self._threads:
@@ -107,11 +111,18 @@ class CoordinatorService:
         return answered(request, self._methods())
 
     def close(self) -> None:
-        """Stop working and release the run. A store that does not answer is not waited for."""
+        """Stop working and release the run. A store that does not answer is not waited for, nor a long removal: what
+        it leaves the next one finds.
+        """
         self._closing.set()
         self._arrived.set()
-        for thread in self._threads:
-            thread.join(CLOSE_TIMEOUT_S)
+        committing, removing, beating = self._threads
+        committing.join(CLOSE_TIMEOUT_S)
+        self._has_committed_last = True
+        self._committed.set()
+        removing.join(REMOVAL_TIMEOUT_S)
+        self._giving_up.set()
+        beating.join(CLOSE_TIMEOUT_S)
         # In a thread: requests are repeated for minutes.
         releasing = threading.Thread(target=self._release, name="coordinator-release", daemon=True)
         releasing.start()
@@ -168,7 +179,17 @@ class CoordinatorService:
             self._arrived.wait(IDLE_S)
             self._arrived.clear()
             while not self._closing.is_set() and self._coordinator.work():
+                self._committed.set()
+
+    def _remove(self) -> None:
+        while not self._giving_up.is_set():
+            self._committed.wait()
+            self._committed.clear()
+            is_last = self._has_committed_last
+            while self._coordinator.remove_old(self._giving_up.is_set):
                 pass
+            if is_last:
+                return
 
     def _beat(self) -> None:
         while not self._closing.wait(BEAT_S):

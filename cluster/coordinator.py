@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.attempts import SupersededError, read_history, record_start, require_newest, win_number
-from cluster.commits import Commits, SaveId
+from cluster.attempts import SupersededError, record_start, require_newest, win_number
+from cluster.commits import Commits, Removed, SaveId
 from cluster.manifest import ManifestId, read_manifest
 from cluster.patience import is_transient
 from cluster.retention import Retention
@@ -44,7 +44,7 @@ class _Save:
 
 
 class Coordinator:
-    """Checkpoints of one run. `begin_attempt`, `start_attempt` and `work` use the store, the rest does not.
+    """Checkpoints of one run. `begin_attempt`, `start_attempt`, `work`, `remove_old` and `is_superseded` use the store.
 
     Safe in threads. retention: which checkpoints are kept. All arguments and results are JSON-able.
     """
@@ -57,16 +57,19 @@ class Coordinator:
         self._outcomes: dict[SaveId, dict[str, Any]] = {}
         self._attempt = 0
         """The newest attempt that is known to have won a number."""
+        self._removed: Removed | None = None
+        """What became of the last removal; the next save tells it."""
         self._sure_of: int | None = None
         """The attempt that was started here, or of which the ranks were told here what became of a save."""
 
     def begin_attempt(self) -> dict[str, Any]:
-        """Win a number for a new attempt, and return what it may start from: the valid checkpoints, oldest first.
+        """Win a number for a new attempt, and return what it may start from: the valid checkpoints, oldest first, and
+        newer ones that the attempt before could not read, if it saved nothing.
 
         Returns {"attempt", "chain", "damaged"}. From here on no older attempt commits anything.
         """
         number = win_number(self._store)
-        history = read_history(self._store)
+        history = self._commits.history()
         started_from = history.parents[max(history.parents)] if history.parents else None
         if started_from and not history.chain:
             raise CheckpointError(
@@ -76,7 +79,7 @@ class Coordinator:
             )
         with self._lock:
             self._attempt = max(self._attempt, number)
-        return {"attempt": number, "chain": history.chain, "damaged": history.damaged}
+        return {"attempt": number, "chain": history.candidates, "damaged": history.damaged}
 
     def start_attempt(
         self,
@@ -147,6 +150,31 @@ class Coordinator:
                 del self._outcomes[old]
         return True
 
+    def remove_old(self, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Remove what the newest committed save left without use, if there is anything to do; return whether there was.
+
+        A save is told before, and the next ones go on meanwhile, so that a thread of its own calls it. What went wrong
+        stands among the warnings of this save for whoever asks from now on, and of the next one.
+        """
+
+        def is_wanted(id: SaveId) -> bool:
+            return not should_stop() and id.attempt >= self._attempt
+
+        removed = self._commits.remove_old(is_wanted)
+        if removed is None:
+            return False
+        with self._lock:
+            self._removed = removed
+            if removed.after in self._outcomes:
+                self._outcomes[removed.after]["warnings"] += removed.problems
+        return True
+
+    @property
+    def attempt(self) -> int:
+        """The newest attempt that this coordinator knows of, 0 for none."""
+        with self._lock:
+            return self._attempt
+
     @property
     def last_wish(self) -> int:
         """The highest number of a wish for a checkpoint that a committed save fulfilled."""
@@ -171,13 +199,21 @@ class Coordinator:
         the other ranks the same.
         """
         if save.failures:
-            texts = [f"rank {rank}: {failure['error']}" for rank, failure in sorted(save.failures.items())]
-            permanent = any(failure["permanent"] for failure in save.failures.values())
+            texts = [f"rank {rank}: {failure.get('error')}" for rank, failure in sorted(save.failures.items())]
+            permanent = any(failure.get("permanent", True) for failure in save.failures.values())
             return {"state": FAILED, "error": "; ".join(texts), "permanent": permanent}
         return self._guarded(save, lambda: self._commit(id, [save.parts[rank] for rank in range(save.world_size)]))
 
     def _commit(self, id: SaveId, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {"state": COMMITTED, **self._commits.commit(id, parts)}
+        figures = self._commits.commit(id, parts)
+        with self._lock:
+            removed, self._removed = self._removed, None
+        return {
+            "state": COMMITTED,
+            **figures,
+            "retention_s": removed.seconds if removed else 0.0,
+            "warnings": list(removed.problems) if removed else [],
+        }
 
     def _is_sure_of(self, id: SaveId) -> bool:
         """Whether no coordinator before this one can have told the outcome of the attempt's present save."""

@@ -13,7 +13,7 @@ from enum import StrEnum
 from cluster.attempts import manifest_ids, read_history
 from cluster.lease import KEY as HEARTBEAT
 from cluster.lease import Holder, read_heartbeat
-from cluster.manifest import Manifest, ManifestError, ManifestId, NewerFormatError, read_manifest
+from cluster.manifest import Manifest, ManifestError, ManifestId, NewerFormatError, read_listed_manifest
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError, StoredObject
 from cluster.threads import in_threads
@@ -212,7 +212,7 @@ def read_holding(store: Store) -> Holding | None:
 
 def _read(store: Store, id: ManifestId) -> Manifest | Exception:
     try:
-        return read_manifest(store, id)
+        return read_listed_manifest(store, id)
     except (ManifestError, NewerFormatError, ObjectMissingError) as error:
         return error
 

@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
+from cluster.threads import failures_in_threads
+
 TEMPORARY = ".tmp-"
+_NUM_THREADS = 8
 _PIECE_BYTES = 2**18
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -90,14 +93,20 @@ class LocalFiles:
             raise FileNotFoundError(errno.ENOENT, "a folder, not a file", path)
         return os.stat(path).st_size
 
-    def remove_leftovers(self, folder: str) -> None:
-        """Remove the temporary files and empty folders that killed writers left below `folder`."""
-        for path in _walk(folder):
-            if os.path.basename(path).startswith(TEMPORARY):
-                _remove(path)
-        for current, _, _ in os.walk(folder, topdown=False):
-            with suppress(OSError):
-                os.rmdir(current)
+    def delete_many(self, paths: Sequence[str]) -> list[tuple[str, Exception]]:
+        """Remove files, in threads as a folder may lie behind a network; return those that stay, and why."""
+        failed = failures_in_threads(self.delete, paths, _NUM_THREADS, self.errors)
+        return [(path, error) for path, error in failed if not isinstance(error, FileNotFoundError)]
+
+    def remove_leftovers(self, folders: Sequence[str]) -> None:
+        """Remove the temporary files and empty folders that killed writers left below folders."""
+        for folder in folders:
+            for path in _walk(folder):
+                if os.path.basename(path).startswith(TEMPORARY):
+                    _remove(path)
+            for current, _, _ in os.walk(folder, topdown=False):
+                with suppress(OSError):
+                    os.rmdir(current)
 
 
 def _write_temporary(path: str, parts: Sequence[memoryview]) -> str:

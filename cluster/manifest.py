@@ -14,7 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from cluster.store import Store, check_key
+from cluster.document_kinds import (
+    ID_OR_NONE,
+    MAPPING,
+    MAPPINGS,
+    NUMBERS,
+    SHAPE,
+    TEXT,
+    TEXTS,
+    WHOLE,
+    check_json,
+    require_kinds,
+)
+from cluster.rereading import read_again
+from cluster.store import ObjectMissingError, Store, check_key
 from cluster.stored_object import ALGORITHMS, StoredObject
 
 FORMAT = 2
@@ -22,6 +35,8 @@ FORMAT = 2
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "uint8": 1}
 """Dtypes of tables, and the bytes of a number of each."""
 INDEX_DTYPES = {"int32": 4, "int64": 8}
+MAX_BYTES = 64 * 2**20
+"""Of a document: some 200,000 objects, or 12 TB of rows. A larger one is refused before it takes memory."""
 _KEY = re.compile(r"manifests/(\d{6,})-(\d{12,})\.json")
 
 
@@ -170,7 +185,10 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the document. ValueError if the state is not JSON that reads back as it is."""
         check_json(self.state, "state")
-        return encode_document(asdict(self))
+        data = encode_document(asdict(self))
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"the manifest: found {len(data)} bytes, expected at most {MAX_BYTES}: state is too large")
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Manifest:
@@ -186,44 +204,36 @@ class Manifest:
                 check_key(stored.key)
                 if stored.checksum.partition(":")[0] not in ALGORITHMS:
                     raise ManifestError(f"checksum of {stored.key}: found {stored.checksum!r}, expected {_KNOWN}")
-        except (ManifestError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ManifestError(f"{where} contradicts itself: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise ManifestError(f"{where} contradicts itself: {error!s:.400}") from error
         return manifest
 
 
-_WHOLE = ("attempt", "step", "save", "num_rows", "num_bytes", "start", "stop", "row_shape", "parent")
-_TEXT = ("key", "checksum", "sha256", "dtype", "index_dtype", "created")
-_LARGEST = 2**62
 _KNOWN = " or ".join(f"{name}:…" for name in ALGORITHMS)
+_OF_OBJECT = {"key": TEXT, "num_bytes": WHOLE, "checksum": TEXT, "sha256": TEXT}
+_OF_SEGMENT = {**_OF_OBJECT, "start": WHOLE, "stop": WHOLE}
+_OF_INCREMENT = {**_OF_SEGMENT, "num_rows": WHOLE, "index_dtype": TEXT}
+_OF_TABLE = {"num_rows": WHOLE, "row_shape": SHAPE, "dtype": TEXT, "segments": MAPPINGS, "increments": MAPPINGS}
+_OF_MANIFEST = {
+    **dict.fromkeys(("attempt", "step", "save"), WHOLE),
+    **dict.fromkeys(("versions", "digests"), TEXTS),
+    **dict.fromkeys(("state", "tensors", "tables"), MAPPING),
+    "parent": ID_OR_NONE,
+    "created": TEXT,
+    "metrics": NUMBERS,
+}
 
 
 def _check_document(document: Mapping[str, Any]) -> None:
-    """Raise ManifestError where a document holds something else than whole numbers that memory could count, or texts.
-
-    A checksum says that a document is what was written, not that it was written in good faith.
-    """
-    metrics = document.get("metrics", {})
-    if not all(type(number) in (int, float) for number in metrics.values()):
-        raise ManifestError(f"metrics: found {metrics!r}, expected numbers")
-    for name, item in document.items():
-        if name == "tables":
-            for table in item.values():
-                _check_kinds(table, name)
-        elif name not in ("state", "versions", "digests", "metrics"):
-            _check_kinds(item, name)
-
-
-def _check_kinds(value: object, name: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_kinds(item, key)
-    elif isinstance(value, list):
-        for item in value:
-            _check_kinds(item, name)
-    elif name in _WHOLE and value is not None and not (type(value) is int and 0 <= value < _LARGEST):
-        raise ManifestError(f"{name}: found {value!r}, expected a whole number from 0 to 2^62")
-    elif name in _TEXT and not isinstance(value, str):
-        raise ManifestError(f"{name}: found {value!r}, expected a text")
+    """Raise ValueError where a document holds values of other kinds than a manifest does."""
+    require_kinds(document, _OF_MANIFEST, "the manifest")
+    require_kinds(document["tensors"], _OF_OBJECT, "tensors")
+    for name, table in document["tables"].items():
+        require_kinds(table, _OF_TABLE, f"table {name[:80]!r}")
+        for segment in table["segments"]:
+            require_kinds(segment, _OF_SEGMENT, "segment")
+        for increment in table.get("increments", ()):
+            require_kinds(increment, _OF_INCREMENT, "increment")
 
 
 def _table(
@@ -249,10 +259,24 @@ def _of_format_2(stored: dict[str, Any]) -> dict[str, Any]:
 
 def read_manifest(store: Store, id: ManifestId) -> Manifest:
     """Return a manifest. ObjectMissingError, ManifestError or NewerFormatError if there is none to be used."""
-    manifest = Manifest.from_bytes(store.get(id.key), f"{id.key} in {store.uri}")
+    where = f"{id.key} in {store.uri}"
+    manifest = Manifest.from_bytes(read_bytes(store, id.key), where)
     if manifest.id != id:
-        raise ManifestError(f"{id.key} in {store.uri} contradicts itself: it says {describe([manifest.id])}")
+        raise ManifestError(f"{where} contradicts itself: it says {describe([manifest.id])}")
     return manifest
+
+
+def read_listed_manifest(store: Store, id: ManifestId) -> Manifest:
+    """`read_manifest` of one that a listing showed: what seems to be missing or damaged is read again."""
+    return read_again(store, lambda: read_manifest(store, id), (ObjectMissingError, ManifestError))
+
+
+def read_bytes(store: Store, key: str) -> bytes:
+    """Return the bytes of a document. ManifestError if they are more than any document has."""
+    data = store.get(key, 0, MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ManifestError(f"{key} in {store.uri} is damaged: it has more than {MAX_BYTES} bytes")
+    return data
 
 
 def row_bytes(row_shape: tuple[int, ...], dtype: str) -> int:
@@ -291,31 +315,13 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_json(value: object, where: str) -> None:
-    """Raise ValueError, naming the place, unless `value` reads back from JSON as it is.
-
-    Refused are infinities and NaN, which JSON lacks, and tuples and keys that are not strings, which it changes.
-    """
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where}: found the key {key!r}, expected a string")
-            check_json(item, f"{where}[{key!r}]")
-    elif isinstance(value, list):
-        for place, item in enumerate(value):
-            check_json(item, f"{where}[{place}]")
-    elif not isinstance(value, bool | int | float | str | None) or (
-        isinstance(value, float) and not math.isfinite(value)
-    ):
-        raise ValueError(f"{where}: found {value!r}, expected JSON: a finite number, a string, a list, a dict or None")
-
-
 def visible_chain(parents: Mapping[int, ManifestId | None], manifests: Iterable[ManifestId]) -> list[ManifestId]:
     """Return the valid manifests, oldest first: those on the newest attempt's chain of parents.
 
-    parents: for every attempt on that chain, the manifest that it started from (None: from nothing). Of an attempt's
-    manifests, those up to the one that the next attempt of the chain started from are on it, all of them for the
-    newest attempt. What an older attempt writes after it was left behind is therefore never visible.
+    parents: for every attempt on that chain, the manifest that it started from (None: from nothing); the oldest may be
+    left out where no attempt before them has manifests. Of an attempt's manifests, those up to the one that the next
+    attempt of the chain started from are on it, all of them for the newest attempt. What an older attempt writes after
+    it was left behind is therefore never visible.
     """
     if not parents:
         return []
@@ -323,7 +329,7 @@ def visible_chain(parents: Mapping[int, ManifestId | None], manifests: Iterable[
     attempt, limit = max(parents), math.inf
     while True:
         limits[attempt] = limit
-        parent = parents[attempt]
+        parent = parents.get(attempt)
         if parent is None:
             break
         assert parent.attempt < attempt, f"attempt {attempt} cannot start from a later one: {parent}"

@@ -15,7 +15,7 @@ from cluster.attempts import record_start, win_number
 from cluster.inventory import Entry, Inventory, State, take_stock
 from cluster.lease import BEAT_S, LEASE_S, Holder, Lease, RunHeldError
 from cluster.manifest import ManifestId, describe
-from cluster.retention import Removal, Retention, plan_removal, remove
+from cluster.retention import Needs, Removal, Retention, plan_removal, remove
 from cluster.starts import about_pruning
 from cluster.store import Store
 from cluster.stored_object import CheckpointError
@@ -23,12 +23,15 @@ from cluster.stored_object import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a removal deletes. deleted, kept: checkpoints, oldest first. num_bytes: of the objects."""
+    """What a removal deletes. deleted, kept: checkpoints, oldest first. num_bytes: of the objects. problems: why more
+    stays than the rules say, in sentences.
+    """
 
     removal: Removal
     deleted: tuple[Entry, ...]
     kept: tuple[Entry, ...]
     num_bytes: int
+    problems: tuple[str, ...] = ()
 
     @property
     def num_objects(self) -> int:
@@ -160,6 +163,10 @@ def _plan(
     until: tuple[int, int],
 ) -> Plan:
     attempt, save = until
+    needs = Needs()
+    for entry in inventory.entries:
+        if entry.manifest:
+            needs.learn(entry.manifest)
     removal = plan_removal(
         store,
         attempt=attempt,
@@ -168,6 +175,7 @@ def _plan(
         manifests=[entry.id for entry in inventory.entries],
         damaged=damaged,
         retention=retention,
+        needs=needs,
     )
     goes = set(removal.manifests)
     return Plan(
@@ -175,6 +183,7 @@ def _plan(
         deleted=tuple(entry for entry in inventory.entries if entry.id in goes),
         kept=tuple(entry for entry in inventory.entries if entry.id not in goes),
         num_bytes=sum(inventory.sizes.get(key, 0) for key in removal.objects),
+        problems=tuple(removal.problems),
     )
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import fsspec
 
 from cluster.patience import Patience
+from cluster.threads import failures_in_threads
 
+_NUM_THREADS = 16
 _memory_lock = threading.Lock()
 
 
@@ -63,6 +65,11 @@ class RemoteObjects:
         """Remove an object. FileNotFoundError if there is none."""
         self._call(lambda: self._files.rm_file(path))
 
+    def delete_many(self, paths: Sequence[str]) -> list[tuple[str, Exception]]:
+        """Remove objects in threads; return those that stay, and why."""
+        failed = failures_in_threads(self.delete, paths, _NUM_THREADS, self.errors)
+        return [(path, error) for path, error in failed if not isinstance(error, FileNotFoundError)]
+
     def size(self, path: str) -> int:
         """Return an object's size in bytes. FileNotFoundError if there is none."""
         info = self._call(lambda: self._files.info(path))
@@ -70,5 +77,5 @@ class RemoteObjects:
             raise FileNotFoundError(errno.ENOENT, "a folder, not an object", path)
         return info["size"]
 
-    def remove_leftovers(self, folder: str) -> None:
+    def remove_leftovers(self, folders: Sequence[str]) -> None:
         """Nothing to do: an interrupted write leaves no object."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.agreement import WorkerLike, gather
 from cluster.checkpoint_reader import Checkpoint, verify_share
-from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
+from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_listed_manifest
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError, DamagedObjectError
 
@@ -39,8 +39,11 @@ class Restoring:
         for id in reversed(chain):
             manifest, problems = self._try(id)
             if manifest:
+                # It was found damaged before, which has passed.
+                self.damaged[:] = [other for other in self.damaged if other != id]
                 return Checkpoint(self.store, manifest, num_threads=self.num_threads)
-            self.damaged.append(id)
+            if id not in self.damaged:
+                self.damaged.append(id)
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             self.warnings.append(
                 f"the checkpoint of {describe([id])} is damaged and was skipped: {problems[0]}{more}; it is kept "
@@ -79,7 +82,7 @@ class Restoring:
 
     def _load(self, id: ManifestId, load: Load) -> tuple[Manifest | None, list[str]]:
         try:
-            manifest = read_manifest(self.store, id)
+            manifest = read_listed_manifest(self.store, id)
         except (ManifestError, ObjectMissingError) as error:
             return None, [str(error)]
         self._check_digests(manifest)

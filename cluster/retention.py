@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.attempts import attempt_numbers
-from cluster.manifest import Manifest, ManifestError, ManifestId, NewerFormatError
+from cluster.manifest import Manifest, ManifestError, ManifestId, NewerFormatError, describe, read_listed_manifest
 from cluster.store import Store
+from cluster.threads import in_threads
 
-_OWNER = re.compile(r"objects/(\d{6,})/\d{12,}-(\d{4,})/.*")
+_OWNER = re.compile(r"objects/(\d{6,})/(\d{12,})-(\d{4,})/.*")
+_NUM_THREADS = 16
+PIECE = 1000
+"""Deletions between two looks at whether they are still wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +63,61 @@ class Retention:
 
 @dataclass(frozen=True, kw_only=True)
 class Removal:
-    """What a removal deletes: manifests, then objects, then what killed writers left in folders."""
+    """What a removal deletes: manifests, then objects, then what killed writers left in folders.
+
+    problems: what could not be read, so that whatever it may need stays, in sentences.
+    """
 
     manifests: list[ManifestId]
     objects: list[str]
     folders: list[str]
+    problems: list[str]
+
+
+class Needs:
+    """The objects that manifests need, and their metrics: read once, as what a manifest says never changes.
+
+    Safe in threads, of which one forgets.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[ManifestId, tuple[tuple[str, ...], Mapping[str, float]]] = {}
+        self._keys: dict[str, str] = {}
+
+    def learn(self, manifest: Manifest) -> None:
+        """Take down what a manifest needs."""
+        with self._lock:
+            # One text for each key: many manifests need the same objects.
+            keys = tuple(self._keys.setdefault(stored.key, stored.key) for stored in manifest.objects())
+            self._known[manifest.id] = keys, manifest.metrics
+
+    def look_up(self, store: Store, ids: Iterable[ManifestId]) -> dict[ManifestId, str]:
+        """Learn what these manifests need, several at a time; return which cannot be read, and why."""
+        unknown = [id for id in ids if id not in self._known]
+        problems: dict[ManifestId, str] = {}
+        for id, read in zip(unknown, in_threads(lambda id: _read(store, id), unknown, _NUM_THREADS), strict=True):
+            if isinstance(read, Manifest):
+                self.learn(read)
+            else:
+                problems[id] = str(read)
+        return problems
+
+    def keys(self, id: ManifestId) -> tuple[str, ...]:
+        """Return the objects that a manifest needs; none where it is not known."""
+        return self._known[id][0] if id in self._known else ()
+
+    def metrics(self, ids: Iterable[ManifestId]) -> dict[ManifestId, Mapping[str, float]]:
+        """Return the metrics of those of the manifests that are known."""
+        return {id: self._known[id][1] for id in ids if id in self._known}
+
+    def forget_all_but(self, ids: Collection[ManifestId]) -> None:
+        """Forget manifests that are gone."""
+        with self._lock:
+            if gone := self._known.keys() - set(ids):
+                for id in gone:
+                    del self._known[id]
+                self._keys = {key: key for keys, _ in self._known.values() for key in keys}
 
 
 def plan_removal(
@@ -75,61 +130,78 @@ def plan_removal(
     damaged: Collection[ManifestId],
     retention: Retention,
     dead_attempts: bool = True,
+    newer: Collection[ManifestId] = (),
+    needs: Needs | None = None,
 ) -> Removal:
     """Find what no kept checkpoint needs: older ones, the remains of attempts off the chain, of failed saves and of
     unfinished uploads. Reads only.
 
+    Of a checkpoint that has to stay and cannot be read it is not known what it needs, or how good it is: it stays, and
+    so does everything that is not newer.
+
     attempt, save: the newest save that has ended; what belongs to later ones is not touched. chain: the valid ones of
-    `manifests`. damaged: these stay for inspection. dead_attempts: look for unfinished uploads of older attempts.
+    `manifests`. damaged: these stay for inspection. newer: valid ones of later saves, which stay. dead_attempts: look
+    for unfinished uploads of older attempts. needs: what is known from earlier.
     """
-    metrics: dict[ManifestId, Mapping[str, float]] = {}
-    needed: dict[ManifestId, list[str] | None] = {}
-    valid = set(chain)
-    for id in chain if retention.best else ():
-        metrics[id] = _read(store, id, needed)
-    kept, deletable = retention.keep(chain, metrics)
-    orphans = [id for id in manifests if id.attempt <= attempt and id not in valid and id not in damaged]
-    needed_keys: set[str] = set()
-    needed_prefixes = [id.objects_prefix for id in damaged]
-    for id in [*kept, *(id for id in damaged if id in manifests)]:
-        _read(store, id, needed)
-        keys = needed[id]
-        if keys is None:
-            needed_prefixes.append(id.objects_prefix)
-        else:
-            needed_keys.update(keys)
+    needs = Needs() if needs is None else needs
+    valid, there = set(chain), set(manifests)
+    unread = needs.look_up(store, chain) if retention.best else {}
+    kept, deletable = retention.keep(chain, needs.metrics(chain))
+    staying = [id for id in (*kept, *newer, *damaged) if id in there]
+    unread |= needs.look_up(store, [id for id in staying if id not in unread])
+    last_unread = max(unread, default=None)
+    orphans = [id for id in manifests if id.attempt <= attempt and id not in valid | set(newer) and id not in damaged]
+    needed_keys = {key for id in staying for key in needs.keys(id)}
+    needed_prefixes = tuple(id.objects_prefix for id in damaged)
     objects: list[str] = []
     for key in store.list("objects/"):
         owner = _OWNER.fullmatch(key)
-        ended = owner is not None and (int(owner[1]), int(owner[2])) <= (attempt, save)
-        if ended and key not in needed_keys and not key.startswith(tuple(needed_prefixes)):
+        if owner is None or (int(owner[1]), int(owner[3])) > (attempt, save):
+            continue
+        is_unclear = last_unread is not None and (int(owner[1]), int(owner[2])) <= last_unread
+        if not is_unclear and key not in needed_keys and not key.startswith(needed_prefixes):
             objects.append(key)
     folders = sorted({"/".join(key.split("/")[:3]) for key in objects})
     if dead_attempts:
         folders += [f"objects/{number:06d}" for number in attempt_numbers(store) if number < attempt]
-    return Removal(manifests=[*deletable, *orphans], objects=objects, folders=folders)
+    return Removal(
+        manifests=[id for id in (*deletable, *orphans) if last_unread is None or id > last_unread],
+        objects=objects,
+        folders=folders,
+        problems=[_unread(id, unread[id]) for id in sorted(unread)],
+    )
 
 
 def remove(store: Store, removal: Removal, on_progress: Callable[[int, int], None] | None = None) -> None:
     """Delete what was planned: manifests before objects.
 
-    on_progress: called before each deletion with how many are done, and of how many; what it raises ends the removal.
+    on_progress: called before each piece of the work with how many deletions are done, and of how many; what it raises
+    ends the removal.
     """
-    keys = [*(id.key for id in removal.manifests), *removal.objects]
-    for done, key in enumerate(keys):
-        if on_progress:
-            on_progress(done, len(keys))
-        store.delete(key)
-    for folder in removal.folders:
-        store.remove_leftovers(folder)
+    manifests = [id.key for id in removal.manifests]
+    total = len(manifests) + len(removal.objects)
+    done = 0
+    for keys in (manifests, removal.objects):
+        for start in range(0, len(keys), PIECE):
+            if on_progress:
+                on_progress(done, total)
+            piece = keys[start : start + PIECE]
+            store.delete_many(piece)
+            done += len(piece)
+    if removal.folders:
+        store.remove_leftovers(*removal.folders)
 
 
-def _read(store: Store, id: ManifestId, needed: dict[ManifestId, list[str] | None]) -> Mapping[str, float]:
-    """Take down the objects that a manifest needs (None: it does not say) and return its metrics."""
+def _unread(id: ManifestId, problem: str) -> str:
+    return (
+        f"nothing as old as the checkpoint of {describe([id])} was removed, since it is not known what it needs: "
+        f"{problem}; put its manifest back from a copy, or remove it by hand (checkpoints prune --damaged)"
+    )
+
+
+def _read(store: Store, id: ManifestId) -> Manifest | Exception:
+    """Return a manifest that a listing showed, or why it cannot be read."""
     try:
-        manifest = Manifest.from_bytes(store.get(id.key), id.key)
-    except (ManifestError, NewerFormatError, FileNotFoundError):
-        needed[id] = None
-        return {}
-    needed[id] = [stored.key for stored in manifest.objects()]
-    return manifest.metrics
+        return read_listed_manifest(store, id)
+    except (ManifestError, NewerFormatError, FileNotFoundError) as error:
+        return error

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -36,9 +35,9 @@ from cluster.s3_credentials import (
     require_credentials,
 )
 from cluster.s3_errors import code_of
+from cluster.s3_removals import S3Removals, split_path
 from cluster.threads import in_threads
 
-_LOG = logging.getLogger("instdisc.storage")
 Result = TypeVar("Result")
 
 TIMEOUT_VARIABLE = "INSTDISC_STORE_TIMEOUT_S"
@@ -66,6 +65,7 @@ class S3Objects:
         self._patience = patience
         self._has_worked = patience.has_answered
         self._renewing = threading.Lock()
+        self._removals = S3Removals(lambda method, **arguments: self._once(method, **arguments), patience, self.errors)
 
     @property
     def endpoint(self) -> str:
@@ -133,7 +133,7 @@ class S3Objects:
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder."""
-        bucket, key = _split(folder)
+        bucket, key = split_path(folder)
         found, more = [], {"Prefix": f"{key}/" if key else ""}
         while True:
             answer = self._call("list_objects_v2", Bucket=bucket, **more)
@@ -145,45 +145,57 @@ class S3Objects:
 
     def delete(self, path: str) -> None:
         """Remove an object; nothing happens if there is none."""
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
         self._call("delete_object", Bucket=bucket, Key=key)
+
+    def delete_many(self, paths: Sequence[str]) -> list[tuple[str, Exception]]:
+        """Remove objects in bulk; return those that stay, and why."""
+        return self._removals.delete_many(paths)
+
+    def get_tagged(self, path: str, stop: int) -> tuple[bytes, str | None]:
+        """Return an object's bytes [0, stop) and its ETag."""
+        bucket, key = split_path(path)
+
+        async def read(files: S3Files) -> tuple[bytes, str | None]:
+            answer = await files._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{stop - 1}")
+            try:
+                return await answer["Body"].read(), answer.get("ETag")
+            finally:
+                answer["Body"].close()
+
+        try:
+            return self._patience.call(lambda: self._run(read))
+        except OSError as error:
+            if code_of(error) in ("InvalidRange", "416"):
+                return b"", None
+            raise
+
+    def replace(self, path: str, data: memoryview, tag: str) -> bool | None:
+        """Write `data` to `path` if its ETag is still this one: False if it is not, None if the server cannot."""
+        try:
+            self._write("put_object", path, JoinedViews([data]), IfMatch=tag)
+        except OSError as error:
+            code = code_of(error)
+            if code in ("PreconditionFailed", "412", "NoSuchKey", "404"):
+                return False
+            if code in ("NotImplemented", "501", "MethodNotAllowed", "InvalidArgument", "InvalidRequest"):
+                return None
+            raise
+        return True
 
     def size(self, path: str) -> int:
         """Return an object's size in bytes. FileNotFoundError if there is none."""
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
         if key.endswith("/"):
             raise FileNotFoundError(errno.ENOENT, "a folder, not an object", path)
         return int(self._call("head_object", Bucket=bucket, Key=key)["ContentLength"])
 
-    def remove_leftovers(self, folder: str) -> None:
-        """Abort the uploads in parts below `folder` that killed writers left: they hold storage and are not listed."""
-        bucket, key = _split(folder)
-        seen: set[str] = set()
-        # From the beginning again after each page, as SeaweedFS goes on in the wrong place.
-        while uploads := [upload for upload in self._uploads(bucket, f"{key}/") if upload["UploadId"] not in seen]:
-            for upload in uploads:
-                seen.add(upload["UploadId"])
-                with suppress(FileNotFoundError):
-                    self._call("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-
-    def _uploads(self, bucket: str, prefix: str) -> list[dict[str, Any]]:
-        """Return the first thousand unfinished uploads."""
-        try:
-            answer = self._call("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
-        except OSError as error:
-            # A right or an operation that writing and reading do not need: what stays costs money and harms nothing.
-            if isinstance(error, PermissionError) or error.errno in (errno.ENOSYS, errno.EPERM):
-                _LOG.warning(
-                    "unfinished uploads below s3://%s/%s may stay, as they cannot be listed (%s: %s); give the "
-                    "bucket a rule AbortIncompleteMultipartUpload, or these credentials s3:ListBucketMultipartUploads",
-                    *(bucket, prefix, code_of(error), error),
-                )
-                return []
-            raise
-        return [upload for upload in answer.get("Uploads", []) if upload["Key"].startswith(prefix)]
+    def remove_leftovers(self, folders: Sequence[str]) -> None:
+        """Abort the uploads in parts below folders that killed writers left."""
+        self._removals.remove_leftovers(folders)
 
     def _put_in_parts(self, path: str, views: JoinedViews) -> None:
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
         token = uuid4().hex
         where = {"Bucket": bucket, "Key": key}
         # Known only to us: it tells our object from another's when the answer to the last request is lost.
@@ -213,7 +225,7 @@ class S3Objects:
         return self._call("head_object", Bucket=bucket, Key=key).get("Metadata", {}).get("upload")
 
     def _write(self, method: str, path: str, views: JoinedViews, **arguments: Any) -> dict[str, Any]:
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
         where = {"Bucket": bucket, "Key": key, **arguments}
         # Every try reads from a file of its own: one that was given up may still be reading.
         return self._patience.call(lambda: self._once(method, Body=views.part(0, len(views)), **where))
@@ -266,7 +278,7 @@ class S3Objects:
 
     def _read(self, path: str, **arguments: Any) -> bytes | tuple[int, str]:
         """Return an answer's bytes; (how many, ETag) if they are to be read in parts."""
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
 
         async def read(files: Any) -> bytes | tuple[int, str]:
             answer = await files._call_s3("get_object", Bucket=bucket, Key=key, **arguments)
@@ -281,7 +293,7 @@ class S3Objects:
 
     def _fill(self, path: str, target: memoryview, start: int) -> tuple[int, int]:
         """Fill `target` from byte `start` on; return how many bytes there were, and how many the object has."""
-        bucket, key = _split(path)
+        bucket, key = split_path(path)
         span = f"bytes={start}-{start + len(target) - 1}"
 
         async def read(files: Any) -> tuple[int, int]:
@@ -318,8 +330,3 @@ async def _while_moving(request: Awaitable[Result], body: JoinedViews, timeout_s
                 raise ConnectionAbortedError(errno.ECONNABORTED, f"the server took nothing for {timeout_s:g} s")
     finally:
         task.cancel()
-
-
-def _split(path: str) -> tuple[str, str]:
-    bucket, _, key = path.partition("/")
-    return bucket, key

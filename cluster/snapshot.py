@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.manifest import check_json
+from cluster.document_kinds import check_json
 from cluster.page_locked import page_locked
 from cluster.row_guard import FrozenRows, RowGuard
 from cluster.row_table import RowTable

@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol, TypeAlias
-from uuid import uuid4
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import fsspec
 
@@ -21,6 +20,9 @@ from cluster.local_files import TEMPORARY, LocalFiles
 from cluster.patience import Patience
 from cluster.remote_objects import RemoteObjects
 from cluster.store_errors import ObjectMissingError, StoreError, explain
+
+if TYPE_CHECKING:
+    from cluster.s3_objects import S3Objects
 
 __all__ = ["Buffer", "ObjectMissingError", "Store", "StoreError", "check_key"]
 
@@ -44,8 +46,9 @@ class _Backend(Protocol):
     def read_into(self, path: str, target: memoryview, start: int, seen: Seen) -> tuple[int, bool]: ...
     def list(self, folder: str) -> list[tuple[str, int]]: ...
     def delete(self, path: str) -> None: ...
+    def delete_many(self, paths: Sequence[str]) -> list[tuple[str, Exception]]: ...
     def size(self, path: str) -> int: ...
-    def remove_leftovers(self, folder: str) -> None: ...
+    def remove_leftovers(self, folders: Sequence[str]) -> None: ...
 
 
 class Store:
@@ -66,6 +69,7 @@ class Store:
         self._connection: tuple[int, _Backend] | None = None
         limit_s = patience.PATIENCE_S if patience_s is None else patience_s
         self._patience = Patience(self.shown, 0.0 if self.protocol in ("file", "memory") else limit_s)
+        self._can_replace = True
 
     def __repr__(self) -> str:
         return f"Store({self.shown!r})"
@@ -145,6 +149,53 @@ class Store:
         with self._explained("delete", key), suppress(FileNotFoundError):
             self._backend().delete(self._path(key))
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove objects, in bulk where the storage has that, else in threads; those that are gone do not matter.
+
+        StoreError if any of them stays: the others are removed nevertheless.
+        """
+        if not keys:
+            return
+        with self._explained("delete", keys[0]):
+            failed = self._backend().delete_many([self._path(key) for key in keys])
+        if failed:
+            path, error = failed[0]
+            what = f"cannot delete {path[len(self.root.rstrip('/')) + 1 :]!r} in {self.uri}"
+            if len(keys) > 1:
+                what += f", one of {len(failed)} that stay of {len(keys)}"
+            raise explain(error, what, self._backend().endpoint) from error
+
+    def get_tagged(self, key: str, stop: int) -> tuple[bytes, str | None]:
+        """Return an object's bytes [0, stop), and what `replace` knows it by; None where that makes no difference."""
+        if self.protocol != "s3":
+            return self.get(key, 0, stop), None
+        with self._explained("read", key):
+            return self._of_s3().get_tagged(self._path_to_read(key), stop)
+
+    def replace(self, key: str, data: Buffer, tag: str | None) -> bool:
+        """Write an object unless it has changed since `get_tagged` returned this tag: False if it has.
+
+        Where the storage has no such writes, or has them and refuses always, it is written in any case: who relies on
+        the answer looks at what is there later.
+        """
+        if tag is None or self.protocol != "s3" or not self._can_replace:
+            self.put(key, data)
+            return True
+        with self._explained("write", key):
+            is_done = self._of_s3().replace(self._path(key), memoryview(data), tag)
+        if is_done:
+            return True
+        try:
+            found = self.get_tagged(key, len(data) + 1)
+        except ObjectMissingError:
+            return False
+        if is_done is None or found[1] == tag:
+            self._can_replace = False
+            self.put(key, data)
+            return True
+        # The answer to an earlier try may have been lost.
+        return found[0] == bytes(data)
+
     def size(self, key: str) -> int:
         """Return an object's size in bytes. ObjectMissingError if there is none."""
         with self._explained("read the size of", key):
@@ -159,32 +210,16 @@ class Store:
             return False
         return True
 
-    def remove_leftovers(self, folder: str) -> None:
-        """Remove what killed writers left below a folder that nobody writes to any more."""
-        with self._explained("clean up", folder):
-            self._backend().remove_leftovers(self._path(folder))
+    def remove_leftovers(self, *folders: str) -> None:
+        """Remove what killed writers left below folders that nobody writes to any more."""
+        with self._explained("clean up", folders[0] if folders else ""):
+            self._backend().remove_leftovers([self._path(folder) for folder in folders])
 
     def require_exclusive_create(self) -> None:
-        """Raise StoreError unless this store keeps the promise of `create`: tried out with an object that is removed.
+        """Raise StoreError unless this store keeps the promise of `create`: see `create_probe`."""
+        from cluster.create_probe import require_exclusive_create
 
-        Some servers accept the condition and overwrite: two runs would then both believe that they own a folder.
-        """
-        key = f"probes/{uuid4().hex}"
-        first, second = b"first " + uuid4().bytes, b"second " + uuid4().bytes
-        try:
-            won = self.claim(key, first), self.create(key, second)
-            found = self.get(key)
-        finally:
-            with suppress(StoreError):
-                self.delete(key)
-        if won != (True, False) or found != first:
-            raise StoreError(
-                f"cannot run on {self.shown}: of two writers of the new object {key!r} exactly the first must win, "
-                f"found that the first {'won' if won[0] else 'lost'}, the second {'won' if won[1] else 'lost'} and "
-                f"{'the first' if found == first else 'the second' if found == second else 'neither'} one's bytes are "
-                "there. This storage ignores conditional writes (If-None-Match); use a folder, Amazon S3, Ceph RGW, "
-                "SeaweedFS or another that has them"
-            )
+        require_exclusive_create(self)
 
     def _path(self, key: str) -> str:
         check_key(key)
@@ -199,6 +234,13 @@ class Store:
         if self._connection is None or self._connection[0] != os.getpid():
             self._connection = os.getpid(), self._connect()
         return self._connection[1]
+
+    def _of_s3(self) -> S3Objects:
+        from cluster.s3_objects import S3Objects
+
+        backend = self._backend()
+        assert isinstance(backend, S3Objects)
+        return backend
 
     def _connect(self) -> _Backend:
         if self.protocol == "file":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.attempts import History
-from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_manifest
+from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_listed_manifest
 from cluster.store import ObjectMissingError, Store, StoreError
 from cluster.stored_object import CheckpointError, DamagedObjectError, StoredObject, read_into
 from cluster.threads import in_threads
@@ -60,7 +60,7 @@ def verify(
     manifests: dict[ManifestId, Manifest | str] = {}
     for id in ids:
         try:
-            manifests[id] = read_manifest(store, id)
+            manifests[id] = read_listed_manifest(store, id)
         except (ManifestError, ObjectMissingError) as error:
             manifests[id] = str(error)
     objects = {stored: "" for m in manifests.values() if isinstance(m, Manifest) for stored in m.objects()}

@@ -85,6 +85,7 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "num_objects": plan.num_objects,
         "deleted": [{"step": entry.id.step, "attempt": entry.id.attempt} for entry in plan.deleted],
         "kept": [{"step": entry.id.step, "attempt": entry.id.attempt} for entry in plan.kept],
+        "problems": list(plan.problems),
     }
 
 
@@ -121,6 +122,7 @@ def plan_text(plan: Plan, verb: str) -> str:
     if plan.deleted:
         lines.append(f"  of {describe_range(plan.deleted)}")
     lines.append(f"  kept: {describe_range(plan.kept) if plan.kept else 'none'}")
+    lines += [f"  {problem}" for problem in plan.problems]
     return "\n".join(map(printable, lines))
 
 

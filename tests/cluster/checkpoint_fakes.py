@@ -93,6 +93,8 @@ class InlineCoordination:
         self.coordinator.acknowledge(attempt, step, number, **rest)
         while self.coordinator.work():
             pass
+        while self.coordinator.remove_old():
+            pass
         return self.coordinator.state_of(attempt, step, number)
 
 

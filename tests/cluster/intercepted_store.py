@@ -35,8 +35,13 @@ class InterceptedStore(Store):
     def delete(self, key):
         self.intercept("delete", key)
 
+    def delete_many(self, keys):
+        """One after the other: in bulk, too, others see any part of it done."""
+        for key in keys:
+            self.delete(key)
+
     def size(self, key):
         return self.intercept("size", key)
 
-    def remove_leftovers(self, folder):
-        self.intercept("remove_leftovers", folder)
+    def remove_leftovers(self, *folders):
+        self.intercept("remove_leftovers", *folders)

@@ -200,7 +200,7 @@ class Group:
 
 class Driver:
     """A driver: its coordinator, which can be lost and started again, its groups (the last is not a zombie), and the
-    calls that its coordinator works on: the thread that commits, and one for a request.
+    calls that its coordinator works on: the thread that commits, the one that removes, and one for a request.
     """
 
     def __init__(self, world: World) -> None:
@@ -209,6 +209,7 @@ class Driver:
         self.groups: list[Group] = []
         self.coordinator: Coordinator | None = None
         self.working: Call | None = None
+        self.removing: Call | None = None
         self.request: tuple[Call, Group, str] | None = None
         self.revive()
 
@@ -222,11 +223,12 @@ class Driver:
         """The coordinator's process dies, with everything it was about to do."""
         for call in self.calls:
             call.kill()
-        self.coordinator = self.working = self.request = None
+        self.coordinator = self.working = self.removing = self.request = None
 
     @property
     def calls(self) -> list[Call]:
-        return [call for call in (self.working, self.request and self.request[0]) if call is not None]
+        calls = (self.working, self.removing, self.request and self.request[0])
+        return [call for call in calls if call is not None]
 
     def begin(self, world_size: int) -> None:
         """A new worker group asks for an attempt; the ones before it go on as zombies."""
@@ -245,6 +247,12 @@ class Driver:
         self.working = Call(self.coordinator.work)
         self.settle()
 
+    def remove(self) -> None:
+        """The thread that removes wakes up."""
+        if self.coordinator is not None and self.removing is None:
+            self.removing = Call(self.coordinator.remove_old)
+            self.settle()
+
     def step(self, call: Call, fate: Fate = Fate.DONE) -> None:
         call.step(fate)
         if fate in KILLS:
@@ -256,6 +264,9 @@ class Driver:
         if self.working is not None and self.working.has_ended:
             error, self.working = self.working.error, None
             assert error is None, f"work() raised {error!r}, which ends the thread that commits"
+        if self.removing is not None and self.removing.has_ended:
+            error, self.removing = self.removing.error, None
+            assert error is None, f"remove_old() raised {error!r}, which ends the thread that removes"
         if self.request is not None and self.request[0].has_ended:
             (call, group, kind), self.request = self.request, None
             if call.error is not None:
@@ -304,5 +315,7 @@ class Driver:
                 self.deliver(len(self.bag) - 1, True, True)
         self.finish_calls()
         self.work()
+        self.finish_calls()
+        self.remove()
         self.finish_calls()
         return not group.is_saving

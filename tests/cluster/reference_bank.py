@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.attempts import History, read_history
 from cluster.checkpoint_reader import Checkpoint, read_latest, verify_share
-from cluster.manifest import Manifest, ManifestId, read_manifest
+from cluster.manifest import Manifest, ManifestId, read_manifest, visible_chain
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
@@ -94,8 +94,11 @@ class World:
         if name == "delete" and id is not None:
             history = read_history(self.reader)
             newest = max(history.attempts, default=0)
-            if id in history.chain[-self.last :] and newest not in self.bold:
-                self.violations.append(f"{id} is deleted and is one of the newest {self.last} of {history.chain}")
+            # Whoever deletes may have decided before others were made to vanish from outside.
+            vanished = {other for other in self.harmed if not self.reader.exists(other.key)}
+            chain = visible_chain(history.parents, {*history.manifests, *vanished})
+            if id in chain[-self.last :] and newest not in self.bold:
+                self.violations.append(f"{id} is deleted and is one of the newest {self.last} of {chain}")
 
     @property
     def harmed(self) -> set[ManifestId]:

@@ -136,8 +136,11 @@ def test_what_a_zombie_still_deletes_tears_no_checkpoint_of_an_attempt_that_star
     old.start_save(False)
     said(old, 0, 1)
     zombie.work()
-    while zombie.working and zombie.working.next != ("delete", ManifestId(1, 1).key):
-        zombie.step(zombie.working)
+    zombie.finish_calls()
+    zombie.remove()
+    while zombie.removing and zombie.removing.next != ("delete", ManifestId(1, 1).key):
+        zombie.step(zombie.removing)
+    assert zombie.removing
     world.harm(sorted(world.needs[ManifestId(1, 2)])[0], vanish=False)
     group = trains(driver)
     assert group.parent == (1, 1)
@@ -221,6 +224,8 @@ class Script:
                     said(group, rank)
                     group.driver.work()
                     self.run(group.driver)
+                    group.driver.remove()
+                    self.run(group.driver)
         assert group.phase == "dead" or not group.is_saving, "a rank waits for ever"
         return outcomes(group)
 
@@ -302,6 +307,8 @@ def saving(world: World, group: Group) -> Iterator[None]:
     group.driver.work()
     yield from visible_steps(world, group.driver)
     said(group, 0)
+    group.driver.remove()
+    yield from visible_steps(world, group.driver)
 
 
 def visible_steps(world: World, driver: Driver) -> Iterator[None]:

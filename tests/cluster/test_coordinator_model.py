@@ -146,6 +146,16 @@ class CoordinatorMachine(RuleBasedStateMachine):
                 driver.step(driver.working)
                 self.world.check()
 
+    @rule(pick=picks, num_steps=st.integers(0, 20))
+    def remove(self, pick: int, num_steps: int) -> None:
+        """The thread that removes wakes up, and comes that far before something else happens."""
+        driver = self.driver(pick)
+        driver.remove()
+        for _ in range(num_steps):
+            if driver.removing is not None:
+                driver.step(driver.removing)
+                self.world.check()
+
     @precondition(lambda self: self.has_call)
     @rule(pick=picks, num_steps=st.integers(1, 10))
     def advance(self, pick: int, num_steps: int) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import time
+import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from checkpoint_fakes import ThreadWorker
 import cluster
 import dataloading
 import instdisc
-from cluster.checkpoint import CheckpointError, RowTable, read_latest
+from cluster.attempts import read_attempts
+from cluster.checkpoint import CheckpointError, RowTable, SaveFailedError, read_latest
 from cluster.manifest import encode_document
 from cluster.store import Store
 from cluster.stored_object import DamagedObjectError, write_object
@@ -130,7 +134,27 @@ HOSTILE = {
     "a field of dunder name": lambda d: d.update(__class__="os"),
     "a segment of dunder name": lambda d: put_first(d, __init__="os"),
     "no document at all": lambda d: {"surprise": 1},
+    "digests that are a list": lambda d: d.update(digests=[1]),
+    "digests that are numbers": lambda d: d.update(digests={"configuration": 1}),
+    "versions that are a text": lambda d: d.update(versions="x"),
+    "a state that is a list": lambda d: d.update(state=[1]),
+    "a save that is a list": lambda d: d.update(save=[1]),
+    "a parent of names": lambda d: d.update(parent={"a": 1, "b": 2}),
+    "a time that is a list": lambda d: d.update(created=["now"]),
+    "a number of rows that is a list": lambda d: d["tables"]["bank"].update(num_rows=[37]),
+    "segments by name": lambda d: d["tables"]["bank"].update(segments={"a": 1}),
+    "a shape of a hundred dimensions": lambda d: d["tables"]["bank"].update(row_shape=[1] * 100),
+    "metrics beyond all numbers": lambda d: d.update(metrics={"accuracy": 10**400}),
+    "a parent nested as deep as can be written": lambda d: d.update(parent=nested(900)),
+    "a time nested as deep as can be written": lambda d: d.update(created=nested(900)),
 }
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
 
 
 def add_increment(document: dict[str, Any], **changes: Any) -> None:
@@ -254,3 +278,99 @@ def test_an_increment_whose_numbers_of_rows_are_wrong_is_damage_where_it_is_read
         checkpointer, checkpoint = start(store, load=lambda checkpoint: checkpoint.rows("t"))
         assert checkpoint.step == 10
         assert "holds other rows than" in checkpointer.warnings[0]
+
+
+LARGE = 40 * 10**9
+
+
+def test_objects_that_are_smaller_than_a_manifest_says_take_no_memory_and_are_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.checkpoint_reader._LOOKED_UP_BYTES", 1000)
+    store = Store(tmp_path / "run")
+    run_saves(store, [10, 20])
+    tracemalloc.start()
+    try:
+        rewrite(store, lambda document: document["tensors"].update(num_bytes=LARGE))
+        _, checkpoint = start(store, load=lambda checkpoint: checkpoint.tensors() and None)
+        assert checkpoint.step == 10
+        store = Store(tmp_path / "another")
+        run_saves(store, [10, 20])
+        rewrite(store, widen)
+        with pytest.raises(DamagedObjectError, match=f"is missing or does not have its {LARGE} bytes"):
+            read_latest(store).rows("bank")
+        _, checkpoint = start(store, load=lambda checkpoint: checkpoint.rows("bank") and None)
+        assert checkpoint.step == 10
+        assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def widen(document: dict[str, Any]) -> None:
+    """Say that the only segment of a table has 40 GB."""
+    rows = LARGE // 2
+    only = {**segment(document), "start": 0, "stop": rows, "num_bytes": LARGE}
+    document["tables"]["bank"].update(num_rows=rows, row_shape=[], segments=[only])
+
+
+def test_a_manifest_larger_than_any_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.manifest.MAX_BYTES", 10**6)
+    store = Store(tmp_path / "run")
+    run_saves(store, [10, 20])
+    os.truncate(tmp_path / "run" / "manifests/000001-000000000020.json", 30 * 10**9)
+    tracemalloc.start()
+    try:
+        assert_holds(read_latest(store), 10)
+        checkpointer, checkpoint = start(store)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert_holds(checkpoint, 10)
+    assert "has more than 1000000 bytes" in checkpointer.warnings[0]
+
+
+def test_a_manifest_that_nobody_would_read_is_not_written(uri, monkeypatch):
+    monkeypatch.setattr("cluster.manifest.MAX_BYTES", 10_000)
+    checkpointer, _ = start(Store(uri))
+    with pytest.raises(SaveFailedError, match="expected at most 10000: state is too large"):
+        checkpointer.save(1, {}, {}, {"text": "x" * 10_000})
+    save(checkpointer, ThreadWorker(), 2)
+    assert_holds(read_latest(Store(uri)), 2)
+
+
+HEADERS = {
+    "no JSON": b"x" * 64,
+    "a list": b"[1, 2]",
+    "nested": b"[" * 100_000,
+    "a tensor that is a text": b'{"w": "x"}',
+    "offsets that are texts": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}',
+    "offsets behind the end": b'{"w": {"dtype": "F32", "shape": [1000000000], "data_offsets": [0, 4000000000]}}',
+    "offsets that overlap": b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+    b'"v": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "a hole": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+    "bytes that nobody needs": b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    "a negative shape": b'{"w": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}',
+    "a dtype that is none": b'{"w": {"dtype": "OBJECT", "shape": [2], "data_offsets": [0, 8]}}',
+    "a dtype that is a list": b'{"w": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
+    "no dtype": b'{"w": {"shape": [2], "data_offsets": [0, 8]}}',
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS.keys())
+@pytest.mark.parametrize("length", [None, 2**63, 0])
+def test_a_hostile_header_of_tensors_is_damage(uri, header, length):
+    store = Store(uri)
+    run_saves(store, [10, 20])
+    data = (len(header) if length is None else length).to_bytes(8, "little") + header + bytes(8)
+    stored = write_object(store, read_latest(store).manifest.tensors.key, [data])
+    rewrite(store, lambda document: document["tensors"].update(num_bytes=stored.num_bytes, checksum=stored.checksum))
+    _, checkpoint = start(store, load=lambda checkpoint: checkpoint.tensors() and None)
+    assert checkpoint.step == 10
+
+
+@pytest.mark.parametrize("change", [lambda d: d.update(about=nested(900)), lambda d: d.update(token=nested(900))])
+def test_a_record_of_an_attempt_that_is_deep_is_read_or_refused(uri, change):
+    store = Store(uri)
+    run_saves(store, [10])
+    rewrite(store, change, "attempts/000001.start.json")
+    with suppress(CheckpointError):
+        start(store)
+    assert set(read_attempts(store)) <= {1, 2}

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
+import uuid
+from collections.abc import Callable
+
 import pytest
 import torch
 from checkpoint_content import assert_holds, run_saves, save, start
-from checkpoint_fakes import InlineCoordination, ThreadWorker
-from hypothesis import given
+from checkpoint_fakes import FaultyStore, InlineCoordination, ThreadWorker
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.checkpoint import Checkpoint, Retention, RowTable, read_latest
-from cluster.manifest import Manifest, ManifestId
+from cluster.coordination import CoordinatorService
+from cluster.coordinator import Coordinator
+from cluster.inventory import State, take_stock
+from cluster.lease import Holder, Lease
+from cluster.manifest import Manifest, ManifestId, read_manifest
 from cluster.retention import plan_removal, remove
-from cluster.store import Store, StoreError
+from cluster.store import ObjectMissingError, Store, StoreError
 
 chains = st.lists(st.integers(0, 99), unique=True).map(sorted).map(lambda steps: [ManifestId(1, s) for s in steps])
 
@@ -111,7 +121,7 @@ def test_retention_does_not_touch_a_save_that_is_on_its_way(uri):
 
 def test_a_failure_to_remove_older_checkpoints_is_a_warning(uri):
     class Undeletable(Store):
-        def delete(self, key):
+        def delete_many(self, keys):
             raise StoreError("cannot delete: no permission")
 
     checkpointer, _ = start(Undeletable(uri), keep_last=1)
@@ -159,3 +169,160 @@ def test_a_checkpoint_that_is_kept_for_its_metric_keeps_its_base(uri):
     newest = manifest_under(store, store.list("manifests/")[-1])
     assert best.tables["bank"].segments != newest.tables["bank"].segments, "nothing else needs that base"
     assert torch.equal(Checkpoint(store, best).rows("bank"), then)
+
+
+def count(store: FaultyStore, name: str, part: str) -> int:
+    return sum(name == found and part in key for found, key in store.log)
+
+
+@given(st.integers(1, 3), st.integers(1, 40))
+@settings(max_examples=10, deadline=None)
+def test_what_a_manifest_says_is_read_once_however_many_are_kept(last, every):
+    store = FaultyStore(f"memory://{uuid.uuid4().hex}")
+    rules = Retention(last=last, every_steps=every, best="knn")
+    checkpointer, _ = start(store, coordinator=InlineCoordination(store, rules))
+    for step in range(1, 30):
+        store.log.clear()
+        checkpointer.save(step, {}, {}, {}, {"knn": 1.0})
+        # Whether it is there already, as after a restart of the coordinator.
+        assert count(store, "get", "manifests/") == 1
+    MemoryFileSystem.store.clear()
+
+
+def test_keeping_ten_thousand_looks_at_each_of_them_once():
+    chain = [ManifestId(1, step) for step in range(10_000)]
+    looks = 0
+
+    class Counted(dict):
+        def __contains__(self, name):
+            nonlocal looks
+            looks += 1
+            return super().__contains__(name)
+
+    metrics = {id: Counted(knn=1.0) for id in chain}
+    started_s = time.process_time()
+    kept, _ = Retention(last=3, every_steps=1, best="knn").keep(chain, metrics)
+    assert (len(kept), looks) == (10_000, 10_000)
+    assert time.process_time() - started_s < 1
+
+
+def test_a_save_is_told_before_anything_is_removed_and_the_next_one_need_not_wait(uri):
+    """A removal that never ends: training goes on, and nobody is kept from ending."""
+    going_on, started = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def delete_many(self, keys):
+            started.set()
+            going_on.wait(60)
+            super().delete_many(keys)
+
+    store = Slow(uri)
+    coordinator = Coordinator(store, retention=Retention(last=1))
+    service = CoordinatorService(store, coordinator, Lease(store, Holder.of_this_process()))
+    checkpointer, _ = start(store, coordinator=service)
+    try:
+        for step in (1, 2, 3, 4):
+            assert save(checkpointer, ThreadWorker(), step).step == step
+        assert started.wait(60)
+        assert store.list("manifests/")[0].endswith("000000000001.json"), "nothing was removed yet"
+    finally:
+        going_on.set()
+    service.close()
+    assert [ManifestId.from_key(key).step for key in Store(uri).list("manifests/")] == [4]
+    assert {int(key.split("/")[2][:12]) for key in Store(uri).list("objects/")} == {4}
+
+
+def test_a_removal_ends_in_the_middle_for_whoever_must_end_and_the_next_one_finds_the_rest(uri, monkeypatch):
+    monkeypatch.setattr("cluster.retention.PIECE", 2)
+    monkeypatch.setattr("cluster.coordination.REMOVAL_TIMEOUT_S", 0.0)
+    is_held, going_on = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def delete_many(self, keys):
+            super().delete_many(keys)
+            if keys[0].startswith("objects/"):
+                is_held.set()
+                going_on.wait(60)
+
+    store = Slow(uri)
+    coordinator = Coordinator(store, retention=Retention(last=1))
+    service = CoordinatorService(store, coordinator, Lease(store, Holder.of_this_process()))
+    checkpointer, _ = start(store, coordinator=service)
+    for step in (1, 2):
+        save(checkpointer, ThreadWorker(), step)
+    assert is_held.wait(60)
+    service.close()
+    going_on.set()
+    left = [key for key in Store(uri).list("objects/") if "/000000000001-" in key]
+    assert len(left) > 2
+    checkpointer, _ = start(Store(uri), keep_last=1)
+    save(checkpointer, ThreadWorker(), 3)
+    assert {int(key.split("/")[2][:12]) for key in Store(uri).list("objects/")} == {3}
+
+
+def growing(store: Store, retention: Retention) -> Callable[..., list[str]]:
+    """Begin an attempt; return a function that saves a step, as an increment or a base, and returns what is told."""
+    checkpointer, _ = start(store, coordinator=InlineCoordination(store, retention), block_rows=10)
+    rows, last = torch.zeros(100, 4), torch.full((100,), -1, dtype=torch.int32)
+
+    def save_step(step: int, metric: float = 0.0, *, is_base: bool = False) -> list[str]:
+        rows[step], last[step] = float(step), step
+        if is_base:
+            checkpointer._growth = None
+        checkpointer.save(step, {"bank": RowTable(100, 0, rows, last)}, {"w": torch.zeros(1)}, {}, {"knn": metric})
+        told = list(checkpointer.warnings)
+        checkpointer.warnings.clear()
+        return told
+
+    return save_step
+
+
+@pytest.mark.parametrize("rules", [Retention(last=2, best="knn"), Retention(last=2, every_steps=2)])
+@pytest.mark.parametrize("damage", [b"", b"{", None])
+def test_what_a_checkpoint_may_need_whose_manifest_cannot_be_read_stays_and_is_told(uri, rules, damage):
+    store = Store(uri)
+    growing(store, rules)(1)
+    save_step = growing(store, rules)
+    for step, metric in ((2, 9.0), (3, 2.0), (4, 3.0)):
+        save_step(step, metric, is_base=step == 3)
+    key = ManifestId(2, 2).key
+    good = store.get(key)
+    before = set(store.list("objects/"))
+
+    # A coordinator that knows nothing from earlier.
+    class Unreadable(Store):
+        def get(self, key_of, start=None, stop=None):
+            if key_of == key and damage is None:
+                raise ObjectMissingError(f"{key}: it is not there")
+            return super().get(key_of, start, stop)
+
+    if damage is not None:
+        store.put(key, damage)
+    told = growing(Unreadable(uri), rules)(5, 4.0)
+    store.put(key, good)
+    assert len(told) == 1
+    assert "nothing as old as the checkpoint of step 2 (attempt 2) was removed" in told[0]
+    assert {object for object in before if "/000002/000000000002-" in object or "/000001/" in object} <= set(
+        store.list("objects/")
+    )
+    checkpoint = Checkpoint(store, read_manifest(store, ManifestId(2, 2)))
+    assert checkpoint.rows("bank")[2].tolist() == [2.0] * 4
+    # With the manifest back everything goes as the rules say.
+    assert growing(store, rules)(6, 5.0) == []
+    assert all(entry.state in (State.VALID, State.NEWEST) for entry in take_stock(store).entries)
+
+
+def test_the_only_checkpoint_loses_nothing_where_its_manifest_cannot_be_read_back(uri):
+    key = ManifestId(1, 2).key
+
+    class Hidden(Store):
+        def get(self, key_of, start=None, stop=None):
+            if key_of == key:
+                raise ObjectMissingError(f"{key}: it is not there")
+            return super().get(key_of, start, stop)
+
+    save_step = growing(Hidden(uri), Retention(last=1))
+    save_step(1)
+    save_step(2)
+    assert [entry.state for entry in take_stock(Store(uri)).entries] == [State.NEWEST]
+    assert read_latest(Store(uri)).rows("bank")[2].tolist() == [2.0] * 4
