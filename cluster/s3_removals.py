@@ -77,8 +77,6 @@ class S3Removals:
 
     def remove_leftovers(self, folders: Sequence[str]) -> None:
         """Abort the uploads in parts below folders that killed writers left: they hold storage and are not listed."""
-        if not folders:
-            return
         bucket = split_path(folders[0])[0]
         below = tuple(f"{split_path(folder)[1]}/" for folder in folders)
         common = commonpath(below)

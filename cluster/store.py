@@ -210,10 +210,10 @@ class Store:
             return False
         return True
 
-    def remove_leftovers(self, *folders: str) -> None:
+    def remove_leftovers(self, folder: str, *more: str) -> None:
         """Remove what killed writers left below folders that nobody writes to any more."""
-        with self._explained("clean up", folders[0] if folders else ""):
-            self._backend().remove_leftovers([self._path(folder) for folder in folders])
+        with self._explained("clean up", folder):
+            self._backend().remove_leftovers([self._path(folder), *map(self._path, more)])
 
     def require_exclusive_create(self) -> None:
         """Raise StoreError unless this store keeps the promise of `create`: see `create_probe`."""

@@ -43,5 +43,5 @@ class InterceptedStore(Store):
     def size(self, key):
         return self.intercept("size", key)
 
-    def remove_leftovers(self, *folders):
-        self.intercept("remove_leftovers", *folders)
+    def remove_leftovers(self, folder, *more):
+        self.intercept("remove_leftovers", folder, *more)
