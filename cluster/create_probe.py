@@ -33,7 +33,7 @@ def require_exclusive_create(store: Store) -> None:
             store.delete_many(keys)
     if problem:
         raise StoreError(
-            f"cannot run on {store.uri}: of several writers of a new object exactly the first must win, found that "
+            f"cannot run on {store.shown}: of several writers of a new object exactly the first must win, found that "
             f"{problem}. This storage does not keep what conditional writes (If-None-Match) promise; use a folder, "
             "Amazon S3, Ceph RGW, SeaweedFS or another that does"
         )

@@ -53,8 +53,11 @@ class LocalFiles:
     def get(self, path: str, start: int | None, stop: int | None) -> bytes:
         """Return bytes [start, stop) of a file, fewer where it ends before."""
         with open(path, "rb") as file:
-            file.seek(start or 0)
-            return file.read() if stop is None else file.read(max(stop - (start or 0), 0))
+            start = file.seek(start or 0)
+            if stop is None:
+                return file.read()
+            # Memory for what is there, not for what was asked for.
+            return file.read(max(min(stop, os.fstat(file.fileno()).st_size) - start, 0))
 
     def read_into(
         self, path: str, target: memoryview, start: int, seen: Callable[[memoryview], None]

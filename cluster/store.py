@@ -160,7 +160,7 @@ class Store:
             failed = self._backend().delete_many([self._path(key) for key in keys])
         if failed:
             path, error = failed[0]
-            what = f"cannot delete {path[len(self.root.rstrip('/')) + 1 :]!r} in {self.uri}"
+            what = f"cannot delete {path[len(self.root.rstrip('/')) + 1 :]!r} in {self.shown}"
             if len(keys) > 1:
                 what += f", one of {len(failed)} that stay of {len(keys)}"
             raise explain(error, what, self._backend().endpoint) from error
