@@ -91,6 +91,8 @@ class CoordinatorService:
         self._closing = threading.Event()
         self._arrived, self._committed, self._giving_up = threading.Event(), threading.Event(), threading.Event()
         self._has_committed_last = False
+        # Of folders and of memory it is known.
+        self._is_probed = store.protocol in ("file", "memory")
         self._wishing = threading.Lock()
         self._wanted_saves = 0
         self._is_superseded = False
@@ -130,10 +132,13 @@ class CoordinatorService:
 
     def begin_attempt(self) -> dict[str, Any]:
         """Take the run's lease, then `Coordinator.begin_attempt`. StoreError where a create can overwrite."""
-        if self._store.protocol not in ("file", "memory"):
+        if not self._is_probed:
             self._store.require_exclusive_create()
+            self._is_probed = True
         self._lease.take()
-        return self._coordinator.begin_attempt()
+        begun = self._coordinator.begin_attempt()
+        self._lease.beat(begun["attempt"])
+        return begun
 
     def acknowledge(self, **arguments: Any) -> dict[str, Any]:
         """`Coordinator.acknowledge`."""
@@ -194,8 +199,9 @@ class CoordinatorService:
     def _beat(self) -> None:
         while not self._closing.wait(BEAT_S):
             try:
-                lost = not self._lease.beat()
-                self._is_superseded = lost or self._coordinator.is_superseded()
+                self._lease.beat(self._coordinator.attempt)
+                # Not what a heartbeat says: one that was long on its way would end the only one who trains.
+                self._is_superseded = self._coordinator.is_superseded()
             except OSError:
                 continue  # the store does not answer; saves will say so
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from cluster.checkpoint import Checkpointer, SupersededError, read_latest
 from cluster.coordination import CoordinatorService
 from cluster.coordinator import Coordinator
 from cluster.lease import KEY, Holder, Lease, RunHeldError, read_heartbeat
-from cluster.manifest import encode_document
+from cluster.manifest import decode_document, encode_document
 from cluster.store import Store
 
 HERE = Path(__file__).parent
@@ -63,8 +63,10 @@ def other_machine(holder: Holder | None = None) -> Holder:
     return replace(holder or Holder.of_this_process(), token="ab" * 16, boot="another-boot", host="node7", pid=4711)
 
 
-def put_heartbeat(store: Store, holder: Holder, beats: int = 3, released: bool = False) -> None:
+def put_heartbeat(store: Store, holder: Holder, beats: int = 3, released: bool = False, attempt: int = 0) -> None:
     document = {"holder": asdict(holder), "since": "2026-01-02T03:04:05+00:00", "beats": beats, "released": released}
+    # Versions before did not say which attempt it is.
+    document |= {"attempt": attempt} if attempt else {}
     store.put(KEY, encode_document({**document, "renewed": "2026-01-02T03:05:05+00:00"}))
 
 
@@ -246,8 +248,8 @@ def test_a_coordinator_that_was_started_again_leaves_a_run_alone_that_another_to
     assert restarted.beat()
     restarted.release()
     assert read_heartbeat(Store(uri)) | {"renewed": ""} == {
-        "holder": asdict(other_machine()), "since": "2026-01-02T03:04:05+00:00", "beats": 3, "released": False,
-        "renewed": "",
+        "holder": asdict(other_machine()), "attempt": 0, "since": "2026-01-02T03:04:05+00:00", "beats": 3,
+        "released": False, "renewed": "",
     }  # fmt: skip
 
 
@@ -331,3 +333,129 @@ def test_a_training_that_another_of_its_process_replaced_does_not_release_what_t
     assert second.beat()
     second.release()
     assert read_heartbeat(Store(uri))["released"]
+
+
+class Delayed(Store):
+    """A store whose writes of heartbeats wait, once they are asked to, as behind a network that is cut off."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.is_open, self.is_waiting = threading.Event(), threading.Event()
+        self.is_open.set()
+
+    def put(self, key, *parts):
+        if key == KEY and not self.is_open.is_set():
+            self.is_waiting.set()
+            assert self.is_open.wait(30)
+        super().put(key, *parts)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_late_heartbeat_of_the_old_driver_does_not_end_the_rightful_one(uri, monkeypatch):
+    monkeypatch.setattr("cluster.coordination.BEAT_S", 0.02)
+    delayed = Delayed(uri)
+    old = service_of(delayed, other_machine(), Clock())
+    start(delayed, coordinator=old)
+    delayed.is_open.clear()
+    assert delayed.is_waiting.wait(20)
+    new = service_of(Store(uri), Holder.of_this_process(), Clock())
+    checkpointer, _ = start(Store(uri), coordinator=new)
+    delayed.is_open.set()
+
+    wait_until(lambda: old.call("wishes")["superseded"])
+    wait_until(lambda: read_heartbeat(Store(uri))["holder"] == asdict(Holder.of_this_process()))
+    time.sleep(0.2)
+    assert not new.call("wishes")["superseded"], "the newer attempt goes on"
+    save(checkpointer, ThreadWorker(), 1)
+    old.close()
+    found = read_heartbeat(Store(uri))
+    assert (found["attempt"], found["released"]) == (2, False)
+    new.close()
+    assert read_heartbeat(Store(uri))["released"]
+
+
+def test_a_late_release_by_the_old_driver_is_taken_back(uri):
+    store = Store(uri)
+    old, new = lease_of(store, Clock(), other_machine()), lease_of(store, Clock(), Holder.of_this_process())
+    old.take()
+    assert old.beat(1)
+    new.take()
+    assert new.beat(2)
+    put_heartbeat(store, other_machine(), released=True, attempt=1)
+    assert new.beat(2)
+    found = read_heartbeat(store)
+    assert (found["holder"], found["attempt"], found["released"]) == (asdict(Holder.of_this_process()), 2, False)
+    assert not old.beat(1)
+
+
+def test_a_coordinator_that_was_started_again_takes_its_run_back_from_a_late_heartbeat(uri):
+    store = Store(uri)
+    put_heartbeat(store, other_machine(), attempt=1)
+    restarted = lease_of(store, Clock(), Holder.of_this_process())
+    assert restarted.beat(2)
+    assert read_heartbeat(store)["holder"] == asdict(Holder.of_this_process())
+    zombie = lease_of(store, Clock(), other_machine())
+    assert zombie.beat(1)
+    assert read_heartbeat(store)["attempt"] == 2
+
+
+def test_on_s3_a_late_heartbeat_is_refused_by_the_storage(s3_uri):
+    store = Store(s3_uri)
+    old, new = lease_of(store, Clock(), other_machine()), lease_of(store, Clock(), Holder.of_this_process())
+    old.take()
+    _, tag = store.get_tagged(KEY, 10_000)
+    new.take()
+    assert new.beat(2)
+    assert not store.replace(KEY, b"late", tag)
+    assert read_heartbeat(store)["attempt"] == 2
+    _, tag = store.get_tagged(KEY, 10_000)
+    assert store.replace(KEY, b"mine", tag)
+    # The answer to a first try was lost.
+    assert store.replace(KEY, b"mine", tag)
+
+
+@pytest.mark.parametrize("answer", [False, None])
+def test_a_storage_that_always_refuses_to_compare_is_written_to_without(s3_uri, monkeypatch, answer):
+    """Ceph says that the ETag in quotes is another one, Swift that it does not know the condition."""
+    store = Store(s3_uri)
+    store.put(KEY, b"first")
+    monkeypatch.setattr(type(store._backend()), "replace", lambda *_: answer)
+    _, tag = store.get_tagged(KEY, 100)
+    assert store.replace(KEY, b"second", tag)
+    assert store.get(KEY) == b"second"
+
+
+def test_a_newer_version_that_takes_the_run_over_ends_it_here_and_its_heartbeat_alone_does_not(uri, monkeypatch):
+    monkeypatch.setattr("cluster.coordination.BEAT_S", 0.02)
+    service = service_of(Store(uri), Holder.of_this_process(), Clock())
+    start(Store(uri), coordinator=service)
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.manifest.FORMAT", 3)
+        Store(uri).put(KEY, encode_document({"holder": "new", "beats": 1}))
+    time.sleep(0.2)
+    assert not service.call("wishes")["superseded"]
+    Store(uri).put("attempts/000002.json", b"whatever it says")
+    wait_until(lambda: service.call("wishes")["superseded"])
+    service.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"holder": {"pid": "x"}}, {"holder": []}, {"beats": "x"}, {"released": 1}, {"since": []}, {"attempt": -1}],
+)
+def test_a_heartbeat_of_odd_kinds_counts_as_none(uri, change):
+    put_heartbeat(Store(uri), other_machine())
+    document = decode_document(Store(uri).get(KEY), KEY)
+    if isinstance(change.get("holder"), dict):
+        change = {"holder": {**document["holder"], **change["holder"]}}
+    Store(uri).put(KEY, encode_document({**document, **change}))
+    assert read_heartbeat(Store(uri)) is None
+    clock = Clock()
+    lease_of(Store(uri), clock).take()
+    assert clock.now_s == 1000
