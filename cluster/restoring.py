@@ -12,6 +12,8 @@ from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError, DamagedObjectError
 
 Load = Callable[[Checkpoint], None]
+_MISFITS = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError)
+"""What taking over tables of other shapes, or a state without what is expected, raises."""
 
 
 @dataclass
@@ -90,6 +92,9 @@ class Restoring:
             load(Checkpoint(self.store, manifest, num_threads=self.num_threads))
         except DamagedObjectError as error:
             return manifest, [str(error)]
+        except _MISFITS as error:
+            # Of the same configuration, so that its content is not what a save writes.
+            return manifest, [f"{id.key} in {self.store.uri} does not fit this run: {error!r:.400}"]
         return manifest, []
 
     def _check_digests(self, manifest: Manifest) -> None:

@@ -23,7 +23,7 @@ import cluster
 import dataloading
 import instdisc
 from cluster.attempts import read_attempts
-from cluster.checkpoint import CheckpointError, RowTable, SaveFailedError, read_latest
+from cluster.checkpoint import Checkpoint, CheckpointError, RowTable, SaveFailedError, read_latest
 from cluster.manifest import encode_document
 from cluster.store import Store
 from cluster.stored_object import DamagedObjectError, write_object
@@ -374,3 +374,29 @@ def test_a_record_of_an_attempt_that_is_deep_is_read_or_refused(uri, change):
     with suppress(CheckpointError):
         start(store)
     assert set(read_attempts(store)) <= {1, 2}
+
+
+def take_over(checkpoint: Checkpoint) -> None:
+    """As a run does: into memory of its own, by names that it knows."""
+    checkpoint.read_rows("bank", 0, torch.zeros(37, 6, dtype=torch.bfloat16))
+    assert checkpoint.state["step"] + checkpoint.tensors()["w"][2, 1] == 2 * checkpoint.step
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["state"].__delitem__("step"),
+        lambda d: d["state"].update(step="x"),
+        lambda d: d["state"].update(step={"deep": nested(50)}),
+        lambda d: d["tables"].__delitem__("bank"),
+        lambda d: d["tables"].update(bank=d["tables"]["weights"]),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_its_run_is_skipped_and_told(uri, change):
+    store = Store(uri)
+    run_saves(store, [10, 20])
+    rewrite(store, change)
+    checkpointer, checkpoint = start(store, load=take_over)
+    assert_holds(checkpoint, 10)
+    assert "000020.json" in checkpointer.warnings[0]
+    assert "does not fit this run" in checkpointer.warnings[0]

@@ -11,6 +11,7 @@ import sys
 import time
 import tracemalloc
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -364,3 +365,65 @@ def test_a_server_that_overwrites_what_it_was_to_create_is_refused(careless_serv
     ):
         store.require_exclusive_create()
     assert not [path for path in careless_server.rglob("*") if path.is_file()]
+
+
+def test_a_thousand_objects_are_removed_with_one_request(proxied):
+    store, proxy = proxied
+    keys = [f"{number}" for number in range(1_002)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.put(key, b""), keys))
+    proxy.log.clear()
+    store.delete_many(keys)
+    assert [method for method, *_ in proxy.log] == ["POST", "POST"]
+    assert store.list() == []
+
+
+def answer_of_bulk(proxy, monkeypatch, answer):
+    """Let `answer`() decide what the server says to a removal in bulk: None leaves it to the server."""
+    original = proxy._answer
+
+    async def instead(method, request, fault, writer):
+        body = answer() if method == "POST" and request.first.split()[1].endswith("delete") else None
+        if body is None:
+            return await original(method, request, fault, writer)
+        writer.write(b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % body)
+        await writer.drain()
+        return True
+
+    monkeypatch.setattr(proxy, "_answer", instead)
+
+
+def errors_of(code, *keys):
+    errors = "".join(f"<Error><Key>{key}</Key><Code>{code}</Code><Message>m</Message></Error>" for key in keys)
+    text = f"<DeleteResult>{errors}</DeleteResult>".encode()
+    return b"200 OK", len(text), text
+
+
+def test_what_a_removal_in_bulk_leaves_is_tried_again_where_it_may_pass_and_named_where_not(proxied, monkeypatch):
+    store, proxy = proxied
+    root = store.root.partition("/")[2]
+    for key in "abc":
+        store.put(key, b"")
+    answers = [errors_of("SlowDown", f"{root}/b")]
+    answer_of_bulk(proxy, monkeypatch, lambda: answers.pop() if answers else None)
+    store.delete_many(["b", "c"])
+    assert store.list() == ["a", "c"], "as the first answer said that c was removed"
+
+    answers.append(errors_of("AccessDenied", f"{root}/c"))
+    with pytest.raises(
+        StoreError, match=r"cannot delete 'c' in .*, one of 1 that stay of 2: these credentials may not"
+    ):
+        store.delete_many(["a", "c"])
+
+
+def test_a_server_without_removals_in_bulk_gets_one_for_each(proxied, monkeypatch):
+    store, proxy = proxied
+    for key in "abc":
+        store.put(key, b"")
+    text = b"<Error><Code>MissingContentMD5</Code><Message>m</Message></Error>"
+    answer_of_bulk(proxy, monkeypatch, lambda: (b"400 Bad Request", len(text), text))
+    store.delete_many(["a", "b"])
+    proxy.log.clear()
+    store.delete_many(["b", "c"])
+    assert store.list() == []
+    assert [method for method, *_ in proxy.log] == ["DELETE", "DELETE", "GET"], "asked once only"

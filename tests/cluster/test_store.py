@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import threading
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -286,3 +287,41 @@ def test_a_place_without_permission_is_named(tmp_path):
     finally:
         if as_root:
             os.seteuid(0)
+
+
+def test_many_objects_are_removed_at_once_and_those_that_are_gone_do_not_matter(store):
+    keys = [f"many/{number:04d} ä+&?.bin" for number in range(1_050)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda key: store.put(key, b"x"), [*keys, "other"]))
+    store.delete(keys[7])
+    store.delete_many(keys)
+    store.delete_many(keys[:2])
+    store.delete_many([])
+    assert store.list() == ["other"]
+
+
+def test_an_object_that_cannot_be_removed_is_named_and_the_others_are_gone(tmp_path):
+    store = Store(tmp_path)
+    for key in ("a", "b/c", "d"):
+        store.put(key, b"")
+    with pytest.raises(StoreError, match=r"cannot delete 'b' in .*, one of 1 that stay of 3"):
+        store.delete_many(["a", "b", "d"])
+    assert store.list() == ["b/c"]
+
+
+class LooksThenWrites(Store):
+    """A store whose create looks whether there is an object, and writes a moment later."""
+
+    def create(self, key, data):
+        if self.exists(key):
+            return False
+        time.sleep(0.002)
+        self.put(key, data)
+        return True
+
+
+def test_a_store_whose_create_looks_and_then_writes_is_refused(tmp_path):
+    store = LooksThenWrites(tmp_path)
+    with pytest.raises(StoreError, match=r"found that \d of 2 that wrote .* at the same time won"):
+        store.require_exclusive_create()
+    assert store.list() == []
