@@ -156,7 +156,7 @@ class S3Objects:
         """Return an object's bytes [0, stop) and its ETag."""
         bucket, key = split_path(path)
 
-        async def read(files: S3Files) -> tuple[bytes, str | None]:
+        async def read(files: Any) -> tuple[bytes, str | None]:
             answer = await files._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{stop - 1}")
             try:
                 return await answer["Body"].read(), answer.get("ETag")
