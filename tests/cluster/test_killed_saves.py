@@ -118,7 +118,7 @@ def test_a_coordinator_that_is_killed_between_any_two_operations_and_started_aga
 
     complete = FaultyStore(uri)
     scenario(complete)
-    assert len(complete.log) > 45
+    assert len(complete.log) > 40
     for number in range(len(complete.log)):
         MemoryFileSystem.store.clear()
         coordinator = scenario(FaultyStore(uri, kill_at=number))
