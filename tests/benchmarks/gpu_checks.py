@@ -13,34 +13,35 @@ import time
 import traceback
 from pathlib import Path
 
+from gpu_parts import PARTS, Part
 
-def main() -> int:
+ALL_S = 480.0
+LEAST_S = 10.0
+"""Seconds below which a part is not started any more."""
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", nargs="?")
-    parser.add_argument("--list", action="store_true", help="print the parts and the seconds that each may take")
-    parser.add_argument("--summary", action="store_true", help="say how all parts stand")
+    parser.add_argument("part", nargs="?", help="one part alone")
     parser.add_argument("--folder", type=Path, default=Path("gpu-checks"))
-    parser.add_argument("--limit-s", type=float, default=60.0)
     parser.add_argument("--here", action="store_true", help="run the part in this process, and print its result")
     parser.add_argument("--pretended", action="store_true", help="on the pretended GPU of the tests")
-    arguments = parser.parse_args()
-    if arguments.here:
-        print(json.dumps(checked(arguments.part, arguments.pretended)))
+    asked = parser.parse_args(arguments)
+    if asked.here:
+        print(json.dumps(checked(asked.part, asked.pretended)))
         return 0
-    if arguments.summary:
-        return summarise(arguments.folder)
-    from gpu_parts import PARTS
-
-    if arguments.list:
-        for name, part in PARTS.items():
-            print(name, part.limit_s)
-        return 0
-    run(arguments.part, PARTS[arguments.part], arguments)
-    return 0
+    end_s = time.monotonic() + ALL_S
+    for name, part in PARTS.items():
+        if asked.part in (None, name):
+            run(name, part, asked, end_s - time.monotonic())
+    return summarise(asked.folder)
 
 
-def run(name: str, part, arguments: argparse.Namespace) -> None:
+def run(name: str, part: Part, arguments: argparse.Namespace, left_s: float) -> None:
     """Run a part unless it passed before; write and tell its result."""
+    if left_s < LEAST_S:
+        print(f"{name}: not started, the {ALL_S / 60:.0f} minutes are over; give the command again")
+        return
     path = arguments.folder / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     if (before.get("outcome"), before.get("pretended")) == ("passed", arguments.pretended):
@@ -48,14 +49,16 @@ def run(name: str, part, arguments: argparse.Namespace) -> None:
         return
     reason = why_not(part, arguments.pretended)
     started_s = time.monotonic()
-    result = {"outcome": "skipped", "reason": reason} if reason else in_a_process(name, arguments)
+    result = (
+        {"outcome": "skipped", "reason": reason} if reason else in_a_process(name, arguments, min(part.limit_s, left_s))
+    )
     result = {"part": name, **result, "seconds": round(time.monotonic() - started_s, 1)}
     arguments.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{name}: {result['outcome']}{': ' + result['reason'] if result.get('reason') else ''}", flush=True)
 
 
-def why_not(part, pretended: bool) -> str:
+def why_not(part: Part, pretended: bool) -> str:
     """Return why a part cannot run here, an empty string where it can."""
     found = len(glob.glob("/dev/nvidia[0-9]*"))
     if pretended and not part.pretended:
@@ -72,13 +75,13 @@ def why_not(part, pretended: bool) -> str:
     return ""
 
 
-def in_a_process(name: str, arguments: argparse.Namespace) -> dict:
+def in_a_process(name: str, arguments: argparse.Namespace, limit_s: float) -> dict:
     """Return the result of a part's own process, which is ended at the limit."""
     command = [sys.executable, __file__, name, "--here", *["--pretended"] * arguments.pretended]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return {"outcome": "failed", "reason": f"no result within {arguments.limit_s:.0f} s"}
+        return {"outcome": "failed", "reason": f"no result within {limit_s:.0f} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         last = done.stderr.strip()[-2000:]
@@ -89,7 +92,6 @@ def in_a_process(name: str, arguments: argparse.Namespace) -> dict:
 def checked(name: str, pretended: bool) -> dict:
     """Return the result of a part that runs in this process."""
     import torch
-    from gpu_parts import PARTS
 
     from instdisc.benchmark.environment import environment
 
