@@ -22,11 +22,12 @@ from tiny_data import write_cifar10
 
 import instdisc
 from cluster.worker import run_local
+from dataloading.index import NoSplit
 from dataloading.scanned import scan_dataset
 from instdisc.cli.main import main
 from instdisc.images import open_images
 from instdisc.runs import Run, RunError
-from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images
+from instdisc.train.image_sets import open_test_set, open_train_set, require_same_images, tell_notes
 
 TINY = [
     *("--data.max_rows", "none", "--model.width", "8", "--model.feature_dim", "16"),
@@ -270,6 +271,37 @@ def open_and_tell(worker, root, uri):
         dataset = open_train_set(worker, config, Run(uri))
     assert dataset.index.widths_N.tolist() == [100, 101, 102, 103, 104, 105]
     return bool(scanned)
+
+
+def test_what_is_left_out_is_told_once_at_the_start_and_a_named_split_is_never_passed_over(tmp_path):
+    for place in ("train/a/1.png", "train/b/2.png", "train/banner.png", "dev/1.png", "extra/3.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / place)
+    (tmp_path / "train/a/x.heic").write_bytes(b"x")
+    events = []
+    run_local(open_and_tell_notes, 0, str(tmp_path), on_event=events.append)
+    told = [event["text"] for event in events if event["kind"] == "message"]
+    assert told == [
+        "training images: train is the folder train; other splits: dev",
+        "training images: 1 folder not used: extra",
+        "training images: 1 other file left out: 1 .heic",
+        "training images: no labels: banner.png is in no class folder",
+        "test images: test is the folder dev; other splits: train",
+        "test images: 1 folder not used: extra",
+        "test images: no labels: 1.png is in no class folder",
+    ]
+    assert [event["note"]["images"] for event in events if "note" in event] == ["training"] * 4 + ["test"] * 3
+    named = instdisc.recipe(
+        "quickstart", **{"data.root": str(tmp_path), "data.kind": "folder", "data.test_split": "night"}
+    )
+    with pytest.raises(NoSplit, match=r"no night split"):
+        open_test_set(named)
+
+
+def open_and_tell_notes(worker, root):
+    config = instdisc.recipe("quickstart", **{"data.root": root, "data.kind": "folder"})
+    for name, dataset in (("training", open_images(config.data, "train")), ("test", open_test_set(config))):
+        tell_notes(worker, name, dataset)
 
 
 def open_own_images(worker, places):
