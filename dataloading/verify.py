@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading.index import Names, image_checksum, list_digest
+from dataloading.manifest_checks import column_digest
 from dataloading.pack_unit import look_at
 from dataloading.pixel_rules import PixelRules
 from dataloading.shard_reader import CutShortError, ShardBytes, in_pieces
-from dataloading.shards import PIECE_BYTES, Shard, ShardManifest, column_digest
+from dataloading.shards import PIECE_BYTES, Shard, ShardManifest
 from dataloading.storage import ParallelMap
 from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
