@@ -206,6 +206,12 @@ class CoordinatorService:
                 continue  # the store does not answer; saves will say so
 
 
+def wish_for_save(coordination: Coordination) -> None:
+    """Ask a run's coordinator for a checkpoint as soon as possible."""
+    with suppress(OSError):  # the coordinator is gone, and with it the run
+        coordination.call("want_save")
+
+
 def packed(method: str, arguments: dict[str, Any]) -> str:
     """Return a call as text."""
     return json.dumps({"method": method, "arguments": arguments})

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import threading
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -14,6 +13,7 @@ from typing import Any
 
 from cluster import patience
 from cluster.failures import describe
+from cluster.interrupts import ignore_as_part
 from cluster.outbox import Outbox
 from cluster.process_name import set_process_name
 
@@ -41,7 +41,7 @@ def run_worker(task: LocalTask, connection: Connection) -> None:
 
     The supervisor sends one message at most, and it means: please stop.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the supervisor decides
+    ignore_as_part()
     threading.Thread(target=_die_with_parent, args=(task.folder,), name="die-with-parent", daemon=True).start()
     set_process_name(f"rank-{task.rank}")
     os.environ.clear()

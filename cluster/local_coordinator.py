@@ -10,7 +10,6 @@ import errno
 import multiprocessing
 import os
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from cluster.coordination import (
     packed,
     unpacked,
 )
+from cluster.interrupts import ignore_as_part
 from cluster.process_name import set_process_name
 
 GONE_TIMEOUT_S = 120.0
@@ -61,7 +61,7 @@ def make_socket_folder() -> str:
 
 def serve(spec_json: str, folder: str, environment: dict[str, str]) -> None:
     """Run a coordinator until its parent process is gone or says that it may go. Entry point of the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the driver decides
+    ignore_as_part()
     set_process_name("coordinator")
     os.environ.clear()
     os.environ.update(environment)

@@ -9,25 +9,24 @@ the caller itself, which may hold threads, CUDA or S3 connections, is never fork
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
 
 from cluster import patience
-from cluster.coordination import CoordinatorSpec
+from cluster.coordination import CoordinatorSpec, wish_for_save
 from cluster.environment import environment
 from cluster.failures import Failure, WorkerDied, root_cause
-from cluster.interrupts import Interrupts
+from cluster.interrupts import Interrupts, held, kept_from_parts
 from cluster.local_child import EVENT, FAILURE, LocalTask, run_worker
-from cluster.local_coordinator import LocalCoordinator, make_socket_folder
+from cluster.local_coordinator import LocalCoordination, LocalCoordinator, make_socket_folder
 from cluster.process_group import thread_environment
 
 POLL_INTERVAL_S = 0.1
@@ -88,16 +87,14 @@ def run_processes(
     num_workers: int,
     num_threads: int,
     interrupts: Interrupts,
-    on_event: Callable[[dict[str, Any]], None] | None,
+    on_event: Callable[[str], None],
     preload: Sequence[str] = (),
     coordinator: CoordinatorSpec | None = None,
 ) -> list[Any]:
-    """Run `fn(worker, *args)` in `num_workers` processes; see `cluster.worker.run_local`."""
+    """Run `fn(worker, *args)` in `num_workers` processes; see `cluster.worker.run_local`.
 
-    def handle_event(event: str) -> None:
-        if on_event is not None:
-            on_event(json.loads(event))
-
+    on_event: takes rank 0's events as JSON text.
+    """
     call = _pickled_call(fn, args)
     folder = make_socket_folder()
     workers: list[LocalProcess] = []
@@ -118,16 +115,21 @@ def run_processes(
                 reached=patience.reached(),
             )
             workers.append(_start(task, preload))
-        _supervise(workers, interrupts, handle_event, supervised)
+        if supervised is not None:
+            interrupts.save_with(partial(wish_for_save, LocalCoordination(folder)))
+        interrupts.is_orderly = supervised is None
+        _supervise(workers, interrupts, on_event, supervised)
         return [pickle.loads(worker.result or b"") for worker in workers]
     finally:
         # Whoever presses Ctrl-C again and again must not leave a coordinator behind that goes on holding the run.
         try:
-            _end_all(workers)
+            with held():
+                _end_all(workers)
         finally:
             try:
-                if supervised is not None:
-                    supervised.end()
+                with held():
+                    if supervised is not None:
+                        supervised.end()
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -161,13 +163,9 @@ def _context(preload: Sequence[str]) -> ForkServerContext:
 
 @contextlib.contextmanager
 def _helper_environment() -> Iterator[None]:
-    """What the fork server inherits if it starts now: passive OpenMP, one thread, and no Ctrl-C."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        with environment(thread_environment(1)):
-            yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    """What the fork server inherits if it starts now: passive OpenMP, one thread, and no Ctrl-C of the driver's."""
+    with kept_from_parts(), environment(thread_environment(1)):
+        yield
 
 
 def _supervise(

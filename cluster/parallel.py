@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from typing import Any
+
+from cluster.interrupts import ignore_as_part
 
 
 class MapProcessDied(RuntimeError):
@@ -55,12 +56,15 @@ class ProcessMap:
                     "done is kept, the same command goes on"
                 ) from error
             except BaseException:
+                # What they are at work on may take minutes, and nobody wants it any more.
+                for process in list(pool._processes.values()):
+                    process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
 def _follow_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
+    ignore_as_part()
     threading.Thread(target=_exit_after_parent, name="die-with-parent", daemon=True).start()
 
 

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from cluster.failures import Failure
 from cluster.outbox import Outbox
-from cluster.worker import Cause
+from cluster.worker import BEGAN, Cause
 
 MOST_EARLY = 256
 MOST_CALLS = 1_000_000
@@ -103,6 +103,7 @@ class Mailbox:
         self._group.ordered.set()
         self._group = _Group(self._group.number + 1, self._next_cause)
         self._next_cause = Cause()
+        self._outbox.put(json.dumps({"kind": BEGAN, "has_begun": False, "keep": True}))
         if self._is_stopping:
             self._give(Order.STOP)
         return self._group.number

@@ -29,7 +29,7 @@ class RayMap:
         A task whose machine is lost runs again elsewhere. What the function raises ends the map. Raises
         KeyboardInterrupt at Ctrl-C.
         """
-        with Interrupts() as interrupts, ray_session(self.address, 1, True):
+        with Interrupts(), ray_session(self.address, 1, True):
             remote = ray.remote(num_cpus=1, max_retries=-1)(function)
             left = iter(items)
             waiting: list[Any] = []
@@ -41,8 +41,6 @@ class RayMap:
                     if not waiting:
                         return
                     done, waiting = ray.wait(waiting, timeout=1.0)
-                    if interrupts.requested:
-                        raise KeyboardInterrupt
                     for reference in done:
                         yield _result(reference)
             finally:

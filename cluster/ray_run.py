@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 import threading
 import time
@@ -23,7 +22,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from cluster.coordination import CoordinatorSpec
 from cluster.failures import Failure, WorkerDied, root_cause
-from cluster.interrupts import Interrupts
+from cluster.interrupts import Interrupts, held
 from cluster.ray_fork import forked_runtime_env
 from cluster.ray_machines import prepare
 from cluster.ray_restart_limit import RestartLimit, TooManyRestartsError
@@ -45,7 +44,7 @@ class RayRun:
         trainer: DataParallelTrainer,
         mailbox: Any,
         interrupts: Interrupts,
-        on_event: Callable[[dict[str, Any]], None] | None,
+        on_event: Callable[[str], None],
     ):
         self._trainer = trainer
         self._mailbox = mailbox
@@ -64,7 +63,8 @@ class RayRun:
                 raise self._cause(ray.get(self._mailbox.failures.remote(), timeout=MAILBOX_TIMEOUT_S))
             return self._result
         finally:
-            self._end(thread)
+            with held():
+                self._end(thread)
 
     def _watch(self, thread: threading.Thread) -> None:
         """Pass events and the wish to stop on until the end."""
@@ -95,8 +95,7 @@ class RayRun:
 
     def _take(self) -> None:
         for event in ray.get(self._mailbox.take.remote(), timeout=MAILBOX_TIMEOUT_S):
-            if self._on_event is not None:
-                self._on_event(json.loads(event))
+            self._on_event(event)
 
     def _cause(self, failures: list[Failure]) -> BaseException:
         """What to raise: a worker's own exception, else a worker's death, else what Ray Train says."""
@@ -159,11 +158,11 @@ def start_run(
     workers: WorkerRange,
     is_private: bool,
     interrupts: Interrupts,
-    on_event: Callable[[dict[str, Any]], None] | None,
+    on_event: Callable[[str], None],
     coordinator: CoordinatorSpec | None,
     preload: Sequence[str],
 ) -> Any:
-    """Run `task` on Ray Train workers and return rank 0's result; see `run_on_ray`."""
+    """Run `task` on Ray Train workers and return rank 0's result; see `run_on_ray`. on_event: takes JSON text."""
     scaling = ScalingConfig(num_workers=workers.most, use_gpu=task.use_gpu)
     failure = FailureConfig(max_failures=0)
     limit = RestartLimit(task.mailbox, coordinator) if coordinator else None

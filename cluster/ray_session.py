@@ -7,10 +7,8 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from typing import Any
 
 import grpc
 import ray
+import ray._private.utils
 import ray._private.worker
 import ray._raylet as raylet
 from ray._private import ray_constants
@@ -29,6 +28,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from cluster.environment import environment
+from cluster.interrupts import held, kept_from_parts
 
 _UV_VARIABLE = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 CONNECT_TIMEOUT_S = 6.0
@@ -94,7 +94,7 @@ def ray_session(address: str | None, num_workers: int, quiet: bool) -> Iterator[
             yield ray.get_runtime_context().gcs_address.startswith(f"{_LOOPBACK}:")
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    with environment(_TRAIN_ENVIRONMENT, overwrite=False), _silence(quiet), _sigterm_as_before():
+    with environment(_TRAIN_ENVIRONMENT, overwrite=False), _silence(quiet), _without_handlers():
         if address is None:
             with _private_ray(num_workers, quiet):
                 yield True
@@ -137,7 +137,10 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
                 max_worker_port=0,
                 _system_config=_SYSTEM_CONFIG,
             )
-            node = _SmallNode(parameters, head=True, shutdown_at_exit=True, spawn_reaper=True, ray_init_cluster=True)
+            with held(), kept_from_parts():
+                node = _SmallNode(
+                    parameters, head=True, shutdown_at_exit=True, spawn_reaper=True, ray_init_cluster=True
+                )
             _connect(str(node.address), quiet, folder)
             yield
     finally:
@@ -235,14 +238,14 @@ def _silence(quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_before() -> Iterator[None]:
-    """Undo that `ray.init` takes SIGTERM over for good."""
-    before = signal.getsignal(signal.SIGTERM)
+def _without_handlers() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM over, which it would do for good, and can do in the main thread alone."""
+    before = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        ray._private.utils.set_sigterm_handler = before
 
 
 def _reread_token() -> None:

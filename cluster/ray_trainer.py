@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,11 +12,12 @@ from ray._private.state import state
 from ray.cloudpickle import cloudpickle
 
 from cluster import patience
-from cluster.coordination import CoordinatorSpec
-from cluster.interrupts import Interrupts
-from cluster.ray_coordinator import close_coordinator, start_coordinator
+from cluster.coordination import CoordinatorSpec, wish_for_save
+from cluster.interrupts import Interrupts, held
+from cluster.ray_coordinator import RayCoordination, close_coordinator, start_coordinator
 from cluster.ray_mailbox import start_mailbox
 from cluster.ray_session import RayClusterError, ray_session
+from cluster.worker import noticing
 from cluster.worker_range import WorkerRange
 
 __all__ = ["RayClusterError", "run_on_ray"]
@@ -67,7 +69,6 @@ def run_on_ray(
     if coordinator is None and workers.least != workers.most:
         raise ValueError("workers: found a range, but no coordinator of checkpoints from which other workers go on")
     with Interrupts() as interrupts, ray_session(address, workers.most, quiet) as is_private:
-        interrupts.take_over()
         mailbox = start_mailbox()
         mailbox.reach.remote(patience.reached())
         # Only now: Ray Train takes seconds to import, and Ray's processes start meanwhile.
@@ -86,11 +87,17 @@ def run_on_ray(
             coordinator=actor,
             import_path=import_path,
         )
+        if actor is not None:
+            interrupts.save_with(partial(wish_for_save, RayCoordination(actor)))
+        # Without checkpoints the workers alone know what is to be done at their end.
+        take = noticing(interrupts if actor is not None else None, on_event)
+        interrupts.is_orderly = actor is None
         try:
-            return start_run(task, workers, is_private, interrupts, on_event, coordinator, preload)
+            return start_run(task, workers, is_private, interrupts, take, coordinator, preload)
         finally:
-            if actor is not None:
-                close_coordinator(actor)
+            with held():
+                if actor is not None:
+                    close_coordinator(actor)
 
 
 def _most_gpus() -> float:

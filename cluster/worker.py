@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster.coordination import Coordination, CoordinatorSpec
+from cluster.coordination import Coordination, CoordinatorSpec, wish_for_save
 from cluster.failures import Preempted, WorkerDied, WorkerError
-from cluster.interrupts import Interrupts
+from cluster.interrupts import Interrupts, held
 from cluster.local_processes import run_processes
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cause", "Preempted", "Worker", "WorkerDied", "WorkerError", "run_local", "threads_for"]
 
+BEGAN = "began"
+"""Kind of the event by which the driver learns of `Worker.begin`; not handed on."""
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -73,6 +76,10 @@ class Worker:
     cause: Cause = field(default_factory=Cause)
     """Why the group that this worker belongs to was started."""
 
+    def begin(self) -> None:
+        """Say, on every rank, that from now on there is something to save: Ctrl-C then asks for an orderly end."""
+        self.emit({"kind": BEGAN, "keep": True})
+
     def emit(self, event: dict[str, Any]) -> None:
         """Send a small JSON-able dict to the driver's `on_event` without waiting; ranks other than 0 send nothing.
 
@@ -118,6 +125,20 @@ class Worker:
         return [json.loads(bytes(text_L[:n].tolist())) for text_L, n in zip(texts_WL, lengths_W, strict=True)]
 
 
+def noticing(interrupts: Interrupts | None, on_event: OnEvent | None) -> Callable[[str], None]:
+    """Return what takes the workers' events, as JSON text: to `on_event`, except those that concern signals."""
+
+    def take(text: str) -> None:
+        event = json.loads(text)
+        if event.get("kind") == BEGAN:
+            if interrupts is not None:
+                interrupts.is_orderly = event.get("has_begun", True)
+        elif on_event is not None:
+            on_event(event)
+
+    return take
+
+
 def threads_for(num_workers: int, threads_per_worker: int | None = None) -> int:
     """CPU threads for each of the workers of this machine: as asked, else an equal part of its usable cores."""
     if threads_per_worker is None:
@@ -149,8 +170,9 @@ def run_local(
         coordinator: of the checkpoints of a run: it is started for the time of the call, in a process of its own where
             there are worker processes, and again if it dies. Workers call it through `Worker.coordinator`.
 
-    Ctrl-C and SIGTERM (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can save its
-    work and return; the second ends the workers at once with KeyboardInterrupt.
+    Ctrl-C, SIGTERM and SIGHUP (in the main thread): the first makes `Worker.stop_requested()` true, so that `fn` can
+    save its work and return; the second ends the workers at once with KeyboardInterrupt. So does the first one, with a
+    coordinator, before a worker calls `Worker.begin`: there is nothing to save. SIGUSR1 wishes for a checkpoint.
 
     Raises:
         ValueError: `num_workers` is negative, or `fn` or an argument cannot be pickled.
@@ -163,7 +185,8 @@ def run_local(
     with Interrupts() as interrupts:
         if num_workers == 0:
             return [_run_here(fn, args, interrupts, on_event, num_threads, coordinator)]
-        return run_processes(fn, args, num_workers, num_threads, interrupts, on_event, preload, coordinator)
+        take = noticing(interrupts, on_event)
+        return run_processes(fn, args, num_workers, num_threads, interrupts, take, preload, coordinator)
 
 
 def _run_here(
@@ -178,13 +201,13 @@ def _run_here(
 
     from cluster.process_group import device_of
 
-    def send_event(event: str) -> None:
-        if on_event is not None:
-            on_event(json.loads(event))
-
+    send_event = noticing(interrupts, on_event)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     service = coordinator.start() if coordinator else None
+    interrupts.is_orderly = service is None
+    if service is not None:
+        interrupts.save_with(partial(wish_for_save, service))
     try:
         worker = Worker(
             device=device_of(0, 1),
@@ -195,6 +218,7 @@ def _run_here(
         )
         return fn(worker, *args)
     finally:
-        if service is not None:
-            service.close()
+        with held():
+            if service is not None:
+                service.close()
         torch.set_num_threads(threads_before)

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from cluster.credentials import without_credentials
 from cluster.environment import have_a_home
+from cluster.interrupts import INTERRUPTED, said_at_once
 from instdisc import __version__
 from instdisc.cli.output import printable
 from instdisc.cli.overrides import split_overrides
@@ -21,7 +22,7 @@ COMMANDS = (
     *("train", "submit", "status", "show", "checkpoints", "index", "pack", "verify", "embed", "knn", "bench"),
     "doctor",
 )
-USER_ERROR, INTERRUPTED, FAILED = 2, 130, 1
+USER_ERROR, FAILED = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return options.run(options)
+        with said_at_once():
+            return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        if arguments is None:  # a thread may wait for a storage for minutes
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (head, less) went away: not an error, and nothing is left to tell it.

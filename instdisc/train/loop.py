@@ -117,6 +117,7 @@ class Training:
         except EvaluationInterrupted:
             self._leave_unless_stopped(self._wishes())
             return self._result(finished=False)
+        self.worker.begin()
         self.monitor.start(self.state.step)
         self.saves.start(self.state.step)
         self._next_look = self.state.step + 1
