@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +77,7 @@ class RayJobs:
         self.address = _checked(address)
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.ERROR)
+        self._needs_mode = False
         self._client = self._connect()
 
     def _connect(self) -> _Client:
@@ -89,6 +91,7 @@ class RayJobs:
                     # A token is sent unasked only where RAY_AUTH_MODE says so; this cluster asks for it.
                     if "RAY_AUTH_MODE" in os.environ or not maybe_enable_token_auth_if_token_available(False):
                         raise
+                    self._needs_mode = True
                     return _Client(self.address)
             except AuthenticationError as error:
                 raise self._token_error(error) from None
@@ -102,6 +105,11 @@ class RayJobs:
                     f"{self.address} answers, but not as the dashboard of a Ray cluster ({_last_line(str(error))}). "
                     "Expected http://HOST:8265, the address that `ray start --head` and `ray dashboard` print"
                 ) from error
+
+    def stop_command(self, id: str) -> str:
+        """Return the command that stops a job; Ray's own sends the token only where it is told so."""
+        mode = "RAY_AUTH_MODE=token " if self._needs_mode else ""
+        return mode + shlex.join(["ray", "job", "stop", id, "--address", self.address])
 
     def host_names(self) -> set[str]:
         """Return the host names of the cluster's living nodes."""

@@ -128,8 +128,8 @@ class Submission:
             raise JobRefusedError(
                 f"job {job.id} on {self._jobs.address} works on run {self._spec.run} with another command:\n"
                 f"  found     {job.entrypoint}\n  asked for {self._spec.entrypoint}\n"
-                f"Give its command to follow it, stop it first (ray job stop {job.id} --address "
-                f"{self._jobs.address}), or give another --run"
+                f"Give its command to follow it, stop it first ({self._jobs.stop_command(job.id)}), "
+                "or give another --run"
             )
         return job
 
@@ -140,7 +140,7 @@ class Submission:
 
     def _follow(self, id: str) -> Job | None:
         """Show a job's log until the job is over, and return it; None if the cluster lost it."""
-        log = JobLog(self._jobs, id)
+        log, was_pending = JobLog(self._jobs, id), False
 
         def find() -> Job | None:
             try:
@@ -160,6 +160,10 @@ class Submission:
                     self._patiently(lambda: self._send(id))
                 if job.status == PENDING:
                     self._on_event({"kind": "phase", "text": f"job {id} waits for its start"})
+                elif was_pending:
+                    # Or a terminal would go on showing the phase before.
+                    self._on_event({"kind": "phase", "text": f"job {id} runs"})
+                was_pending = job.status == PENDING
                 self._show(log, POLL_S)
             if job is not None:
                 self._show_rest(log)

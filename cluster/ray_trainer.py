@@ -76,7 +76,14 @@ def run_on_ray(
         from cluster.ray_worker import RayTask
 
         if use_gpu is None:
-            use_gpu = _most_gpus() >= workers.least
+            num_gpus = _most_gpus()
+            use_gpu = num_gpus >= workers.least
+            if not use_gpu and num_gpus and on_event is not None:
+                text = (
+                    f"warning: training on CPUs, as {workers.least} workers were asked for and the cluster has "
+                    f"{num_gpus:g} GPUs: give --workers {num_gpus:g} to use them"
+                )
+                on_event({"kind": "message", "text": text, "keep": True})
         import_path = tuple(sys.path) if is_private else ()
         actor = start_coordinator(coordinator) if coordinator else None
         task = RayTask(

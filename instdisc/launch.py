@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cluster.environment import have_a_home
+from cluster.this_machine import usable_cores, visible_gpus, workers_here
 from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.command_line import command_line
 from instdisc.config import TrainConfig
@@ -42,7 +44,8 @@ def fit(
     on this machine, or the cluster at `address`) or "local" (plain processes). "2..16" or (2, 16) on a cluster: as many
     as there is room for, more or fewer as machines come and go. Under Ray, workers that die are followed by others.
     on_event: called with what happens.
-    A finished run returns at once. Ctrl-C saves a checkpoint and returns a result whose `finished` is False.
+    A finished run returns at once. Ctrl-C, SIGTERM and SIGHUP save a checkpoint and return a result whose `finished` is
+    False, or raise KeyboardInterrupt where there is nothing to save yet; SIGUSR1 saves and goes on (main thread only).
 
     Raises ConfigError where the run was started with another configuration, RunError on other images, and ValueError
     or OSError for what else a person can correct.
@@ -83,13 +86,14 @@ def fit(
         text = f"run {place.uri} lies in a copy of the job's files on one machine, which Ray deletes: give --run s3://…"
         on_event({"kind": "message", "text": text})
     usable, why = usable_workers(place.agreed_config(config, workers=most), least, most)
+    started, about_machine = _workers_here(least, usable, launcher, address)
     asked, config = config, place.agree_on_config(config, workers=most)
     if on_event:
         kept = keeps(config, asked)
-        warnings = [*([why] if why else []), *advice(config), *of_workers(config, least, usable, launcher)]
+        warnings = [*filter(None, (why, about_machine)), *advice(config), *of_workers(config, least, usable, launcher)]
         for text in [*([kept] if kept else []), *(f"warning: {text}" for text in warnings)]:
             on_event({"kind": "message", "text": text, "keep": True})
-    outcome = _launch(config, place.uri, (least, usable), launcher, address, on_event)
+    outcome = _launch(config, place.uri, (least, started), launcher, address, on_event)
     finished = place.result()
     if finished is not None:
         return finished
@@ -105,6 +109,17 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
         knn = command_line("knn", place.uri)
         text = f"the run is finished: {', '.join(changed)} not applied; `{knn}` evaluates anew"
         on_event({"kind": "message", "text": text})
+
+
+def _workers_here(least: int, most: int, launcher: str, address: str | None) -> tuple[int, str]:
+    """Return how many workers to start at most, and what to say of it; ConfigError for what cannot be here."""
+    is_connected = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if most == 0 or (launcher == "ray" and (address or os.environ.get("RAY_ADDRESS") or is_connected)):
+        return most, ""
+    try:
+        return workers_here(least, most, num_cores=usable_cores(), num_gpus=visible_gpus())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _refuse_idle(config: TrainConfig, place: Run) -> None:

@@ -18,6 +18,7 @@ from instdisc.recipes import RECIPES, recipe
 from instdisc.runs import Run, RunResult
 
 if TYPE_CHECKING:
+    from cluster.ray_jobs import RayJobs
     from cluster.ray_submit import End
 
 DEFAULT_PATIENCE_MINUTES = 15.0
@@ -105,7 +106,7 @@ def _submit(options: argparse.Namespace, address: str, variables: dict[str, str]
     )
     try:
         job = submission.start()
-        stop = f"`ray job stop {job.id} --address {jobs.address}` stops it, with a checkpoint"
+        stop = f"`{jobs.stop_command(job.id)}` stops it, with a checkpoint"
         if options.no_wait:
             lines.message(stop)
             return _print(options.json, uri, submission.ids, job.status, f"Submitted: job {job.id}")
@@ -113,7 +114,7 @@ def _submit(options: argparse.Namespace, address: str, variables: dict[str, str]
         end = submission.finish()
     except KeyboardInterrupt:
         lines.close()
-        return _detached(options.json, uri, submission.ids, jobs.address)
+        return _detached(options.json, uri, submission.ids, jobs)
     except HeadLostError as error:
         if _result(uri) is None:
             _print(options.json, uri, submission.ids, "UNKNOWN", "", cause=str(error))
@@ -171,11 +172,11 @@ def _package(working_dir: Path | None, folder: Path, lines: Lines) -> Path | Non
     return packed.package
 
 
-def _detached(as_json: bool, uri: str, ids: tuple[str, ...], address: str) -> int:
+def _detached(as_json: bool, uri: str, ids: tuple[str, ...], jobs: RayJobs) -> int:
     if ids:
         print(
             f"\nDetached: job {ids[-1]} goes on, and is not submitted again if it is lost. The same command follows it "
-            f"again; `ray job stop {ids[-1]} --address {address}` stops it, with a checkpoint",
+            f"again; `{jobs.stop_command(ids[-1])}` stops it, with a checkpoint",
             file=sys.stderr,
         )
     _print(as_json, uri, ids, "DETACHED" if ids else "UNKNOWN", "")

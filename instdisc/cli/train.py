@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -24,7 +25,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "train",
         help="train a recipe; the same command goes on where it stopped",
-        description="Train a recipe. The same command, with the same --run, goes on where it stopped.",
+        description="Train a recipe. The same command, with the same --run, goes on where it stopped. Ctrl-C, SIGTERM "
+        "and SIGHUP save a checkpoint and end; SIGUSR1 saves one and goes on; a second Ctrl-C ends at once.",
         epilog=f"recipes: {', '.join(RECIPES)}\n\nfields for --SECTION.FIELD VALUE:\n  " + "\n  ".join(_fields()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,6 +47,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Train, telling what happens on standard error, and the result on standard output."""
+    from cluster.this_machine import visible_gpus
     from instdisc.progress import Progress
 
     overrides = parse_overrides(options.overrides)
@@ -53,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     already, stored = Run(uri).result(), Run(uri).config()
     if stored is None:
         refuse_idle(config, overrides)  # a run that was begun with such an option goes on
+    is_elsewhere = options.address is not None or "RAY_ADDRESS" in os.environ
     progress, notes = Progress(), []
 
     def on_event(event: dict[str, Any]) -> None:
@@ -64,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
         result = fit(
             config,
             run=uri,
-            workers=options.workers or default_workers(stored or config),
+            workers=options.workers or default_workers(stored or config, 0 if is_elsewhere else visible_gpus()),
             launcher=options.launcher,
             address=options.address,
             on_event=on_event,
@@ -83,10 +87,14 @@ def run(options: argparse.Namespace) -> int:
     return 0 if result.finished else 130
 
 
-def default_workers(config: TrainConfig) -> str:
-    """Return how many workers train where nobody says: two, or one where a batch is one normalisation group."""
+def default_workers(config: TrainConfig, num_gpus: int = 0) -> str:
+    """Return how many workers train where nobody says: two, or one where a batch is one normalisation group.
+
+    num_gpus: of the machine that trains, where that is known: with fewer than that, all would train on the CPU.
+    """
     size = config.optim.norm_group
-    return str(DEFAULT_WORKERS if size is None or size < config.optim.global_batch else 1)
+    most = DEFAULT_WORKERS if size is None or size < config.optim.global_batch else 1
+    return str(min(most, num_gpus or most))
 
 
 def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
