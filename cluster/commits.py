@@ -16,12 +16,14 @@ from importlib.metadata import version
 from typing import Any
 
 from cluster.attempts import Attempt, History, SupersededError, manifest_ids, read_history, require_newest
+from cluster.document_kinds import ID_OR_NONE, MAPPING, NUMBER, WHOLE, require_kinds
 from cluster.manifest import Manifest, ManifestError, ManifestId, read_listed_manifest, read_manifest, visible_chain
 from cluster.parts import Growth, join_parts
 from cluster.retention import Needs, Retention, plan_removal, remove
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError
 
+_OF_PART = {"since": ID_OR_NONE, "snapshot_s": NUMBER, "write_s": NUMBER, "wish": WHOLE, "tables": MAPPING}
 _LIBRARIES = ("torch", "numpy", "safetensors", "fsspec")
 
 
@@ -101,6 +103,15 @@ class Commits:
         OSError for what the storage refused.
         """
         started_s = time.perf_counter()
+        # All that may be odd about the parts shows before the manifest is there: a failure is told where none is.
+        for part in parts:
+            require_kinds(part, _OF_PART, "a rank's part")
+        said = {
+            "is_base": not any(part["since"] for part in parts),
+            "snapshot_s": max(part["snapshot_s"] for part in parts),
+            "write_s": max(part["write_s"] for part in parts),
+            "wish": parts[0].get("wish", 0),
+        }
         require_newest(self._store, id.attempt)
         run = self._run
         if run is None or run.attempt != id.attempt:
@@ -116,11 +127,8 @@ class Commits:
         return {
             "num_bytes": num_bytes,
             "table_bytes": num_bytes - manifest.tensors.num_bytes,
-            "is_base": not any(part["since"] for part in parts),
-            "snapshot_s": max(part["snapshot_s"] for part in parts),
-            "write_s": max(part["write_s"] for part in parts),
+            **said,
             "commit_s": time.perf_counter() - started_s,
-            "wish": parts[0].get("wish", 0),
             "growth": run.growth,
         }
 

@@ -183,11 +183,13 @@ class Manifest:
         return sum(stored.num_bytes for stored in self.objects())
 
     def to_bytes(self) -> bytes:
-        """Return the document. ValueError if the state is not JSON that reads back as it is."""
+        """Return the document. ValueError if it would not read back: state that is no JSON, fields of other kinds."""
         check_json(self.state, "state")
         data = encode_document(asdict(self))
         if len(data) > MAX_BYTES:
             raise ValueError(f"the manifest: found {len(data)} bytes, expected at most {MAX_BYTES}: state is too large")
+        # Or a save would be told to be committed that nobody can read.
+        Manifest.from_bytes(data, "the manifest to be written")
         return data
 
     @classmethod

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from checkpoint_content import assert_holds, run_saves, save, start
-from checkpoint_fakes import InlineCoordination, ThreadWorker
+from checkpoint_fakes import FaultyStore, InlineCoordination, ThreadWorker
 
 from cluster.attempts import read_history, record_start, win_number
 from cluster.checkpoint import Checkpointer, CheckpointError, Retention, SupersededError, read_latest
@@ -163,3 +163,23 @@ def test_a_run_whose_records_vanish_while_it_trains_says_so_at_the_next_save(uri
 def test_an_empty_run_has_no_history(uri):
     history = read_history(Store(uri))
     assert (history.attempts, history.chain, history.damaged, history.newest) == ({}, [], (), 0)
+
+
+def test_a_restart_asks_the_storage_for_no_more_however_often_the_run_was_started(uri):
+    asked: list[int] = []
+    for number in range(1, 31):
+        store = FaultyStore(uri)
+        checkpointer, _ = start(store, keep_last=3)
+        asked.append(sum(name in ("get", "list") for name, _ in store.log))
+        save(checkpointer, ThreadWorker(), number)
+    assert asked[-1] == asked[9] < 16, asked
+
+
+def test_attempts_of_which_nothing_is_left_may_be_lost(uri):
+    for number in range(1, 6):
+        run_saves(Store(uri), [number], keep_last=2)
+    for key in ("attempts/000001.start.json", "attempts/000002.start.json"):
+        Store(uri).put(key, b"{")
+    _, checkpoint = start(Store(uri))
+    assert_holds(checkpoint, 5)
+    assert [id.step for id in read_history(Store(uri)).chain] == [4, 5]

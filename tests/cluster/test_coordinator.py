@@ -159,7 +159,9 @@ def test_what_an_older_attempt_says_is_answered_with_superseded(uri):
         coordinator.start_attempt(new, None, [])
 
 
-@pytest.mark.parametrize("message", [{"part": {}}, {"part": {"tables": 3, "since": None}}, {"part": None}])
+@pytest.mark.parametrize(
+    "message", [{"part": {}}, {"part": {"tables": 3, "since": None}}, {"part": None}, {}, {"x": 1}]
+)
 def test_a_message_that_makes_no_sense_fails_its_save_and_not_the_coordinator(uri, message):
     store = Store(uri)
     coordinator = Coordinator(store)
@@ -167,11 +169,27 @@ def test_a_message_that_makes_no_sense_fails_its_save_and_not_the_coordinator(ur
     say(coordinator, SaveId(attempt, 5, 1), 0, 1, message)
     assert coordinator.work()
     assert coordinator.state_of(attempt, 5, 1)["state"] == FAILED
+    assert store.list("manifests/") == []
     id = SaveId(attempt, 6, 2)
     say(coordinator, id, 0, 1, part(store, id, 0, 1))
     coordinator.work()
     assert coordinator.state_of(attempt, 6, 2)["state"] == COMMITTED
     assert read_latest(store).step == 6
+
+
+@pytest.mark.parametrize("lack", ["snapshot_s", "write_s", "since", "metrics", "state"])
+@pytest.mark.parametrize("odd", [None, [1], "x"])
+def test_a_save_is_not_told_to_have_failed_for_a_part_of_which_a_manifest_was_written(uri, lack, odd):
+    store = Store(uri)
+    coordinator = Coordinator(store)
+    id = SaveId(begin(coordinator), 5, 1)
+    message = part(store, id, 0, 1)
+    message["part"][lack] = odd
+    say(coordinator, id, 0, 1, message)
+    assert coordinator.work()
+    told = coordinator.state_of(id.attempt, 5, 1)["state"]
+    assert told == (COMMITTED if (lack, odd) == ("since", None) else FAILED)
+    assert len(store.list("manifests/")) == (told == COMMITTED)
 
 
 def test_the_coordinator_uses_no_torch_collectives():
