@@ -28,6 +28,10 @@ class BadRow:
     reason: str
 
 
+class NoGoodImage(ValueError):
+    """Not one image of a data set can be decoded."""
+
+
 class DamagedRows:
     """The bad rows: those of the index, which are never looked at, and a record of those that failed since.
 
@@ -54,7 +58,7 @@ class DamagedRows:
     def stand_ins(self, rows_B: NDArray[np.int64], failed: Mapping[int, set[int]]) -> NDArray[np.int64]:
         """Return for each row the row whose pixels are shown: itself or the next good one (cyclic), int64 (B,).
 
-        failed: per sample (its place in rows_B) the rows that failed to decode for it. Raises ValueError if no row is
+        failed: per sample (its place in rows_B) the rows that failed to decode for it. Raises NoGoodImage if no row is
         left for a sample.
         """
         stand_ins_B = rows_B.copy()
@@ -70,7 +74,7 @@ class DamagedRows:
                 if not bad_N[start] and start not in failed:
                     return start
                 start = start + 1 if start in failed else stop
-        raise ValueError(
+        raise NoGoodImage(
             f"no image of {self._index.source} can be decoded: found {len(bad_N)} rows, all damaged (last tried for "
             f"row {row}, {self._index.names[row]}); expected at least one good image, check the data"
         )

@@ -257,15 +257,16 @@ def eval_batches(
     device: torch.device | str,
     num_threads: int,
     backend: str = "auto",
+    damaged: DamagedRows | None = None,
 ) -> Iterator[Batch]:
     """Yield the given rows in order, batch_size at a time (the last may be smaller), without augmentation.
 
     The central crop x crop pixels of the image whose shorter side is resized to `resize`, normalised. Damaged images
-    are replaced and marked as in training. Far shards of these rows are fetched into the cache where it has room that
-    training does not need: a later evaluation finds them there.
+    are replaced and marked as in training; damaged takes down the reasons. Far shards of these rows are fetched into
+    the cache where it has room that training does not need: a later evaluation finds them there.
     """
     rows_R = np.asarray(rows, dtype=np.int64)
-    damaged = DamagedRows(dataset.index)
+    damaged = damaged or DamagedRows(dataset.index)
     planner = EvalPlanner(dataset.index, damaged, resize, crop)
     finisher = Finisher(Normalized(mean, std), num_threads)
     crops, _ = _open_crops(dataset, planner, damaged, crop, batch_size, torch.device(device), num_threads, backend)

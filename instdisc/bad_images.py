@@ -14,6 +14,8 @@ from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetError, DatasetIndex
 
 BAD_IMAGES = "bad_images.jsonl"
+BAD_TEST_IMAGES = "bad_test_images.jsonl"
+"""Test images that are no queries of kNN, in lines of the same form."""
 _NUM_SHOWN = 3
 
 
@@ -65,10 +67,15 @@ class BadImages:
 
     def to_jsonl(self) -> bytes:
         """Return the report."""
-        return "".join(f"{bad.to_line()}\n" for bad in self._sorted()).encode()
+        return to_jsonl(self._sorted())
 
     def _sorted(self) -> Sequence[BadImage]:
         return [self._by_row[row] for row in sorted(self._by_row)]
+
+
+def to_jsonl(images: Iterable[BadImage]) -> bytes:
+    """Return a line for each image."""
+    return "".join(f"{bad.to_line()}\n" for bad in images).encode()
 
 
 def read_bad_images(store: Store) -> list[BadImage]:

@@ -5,20 +5,35 @@ Shapes: R rows of this rank's share, D feature numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cluster.worker import threads_for
+from dataloading.damaged import BadRow, DamagedRows, NoGoodImage
 from dataloading.index import Dataset
-from dataloading.loader import eval_batches
+from dataloading.loader import Batch, eval_batches
 from instdisc.config import TrainConfig
 
 if TYPE_CHECKING:
     from instdisc.loading import RunEncoder
+
+
+_NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Features of some rows of a data set."""
+
+    features_RD: Tensor
+    """Of unit length, float32; zeros for a row that has none."""
+    damaged: tuple[BadRow, ...]
+    """The rows that have none, rising, with the reasons."""
 
 
 @torch.no_grad()
@@ -32,11 +47,13 @@ def embed_rows(
     num_threads: int,
     autocast: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Return the unit features of `rows` through central crops, float32 (R, D) on `device`.
+) -> Embedded:
+    """Return the unit features of `rows` through central crops, (R, D) on `device`.
 
-    Rows whose image is damaged get zeros, which are near to nothing. The encoder's mode is left as it was.
+    Images that cannot be decoded have none, nor has one for which the encoder finds a feature that is not finite. The
+    encoder's mode is left as it was.
     """
+    damaged = DamagedRows(dataset.index)
     batches = eval_batches(
         dataset,
         rows,
@@ -48,19 +65,48 @@ def embed_rows(
         device=device,
         num_threads=num_threads,
         backend=config.data.backend,
+        damaged=damaged,
     )
-    features: list[Tensor] = []
+    features_RD = torch.zeros((len(rows), config.model.feature_dim), device=device)
+    is_valid_R, is_finite_R = (torch.zeros(len(rows), dtype=torch.bool, device=device) for _ in range(2))
+    done = 0
     with eval_mode(encoder):
-        for batch in batches:
+        for batch in _while_any_is_good(batches):
+            part = slice(done, done + len(batch.indices_B))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 features_BD = encoder(batch.images_BCHW)
-            features.append(features_BD * batch.valid_B.to(device)[:, None])
+            is_valid_R[part], is_finite_R[part] = batch.valid_B.to(device), features_BD.isfinite().all(dim=1)
+            is_good_B1 = (is_valid_R[part] & is_finite_R[part])[:, None]
+            features_RD[part] = torch.where(is_good_B1, features_BD, 0.0)
+            done = part.stop
             if on_progress:
-                on_progress(min(len(rows), len(features) * config.eval.batch), len(rows))
-    return torch.cat(features) if features else torch.zeros((0, config.model.feature_dim), device=device)
+                on_progress(done, len(rows))
+    lost = {rows[place]: "" for place in (~is_valid_R).nonzero()[:, 0].tolist()}
+    lost |= {rows[p]: "its feature is not finite" for p in (is_valid_R & ~is_finite_R).nonzero()[:, 0].tolist()}
+    return Embedded(features_RD, tuple(_bad_rows(dataset, damaged, lost)))
 
 
-@contextmanager
+def _while_any_is_good(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches; none of a data set of which no image can be decoded."""
+    with contextlib.suppress(NoGoodImage):
+        yield from batches
+
+
+def _bad_rows(dataset: Dataset, damaged: DamagedRows, lost: dict[int, str]) -> Iterator[BadRow]:
+    """Yield what is known of rows that have no feature. lost: the reason for each, where none is known before."""
+    reasons = {bad.row: bad.reason for bad in damaged.found()} | dataset.index.reasons
+    for row in sorted(lost):
+        yield BadRow(row, dataset.index.names[row], reasons.get(row) or lost[row])
+
+
+def left_out_text(damaged: Sequence[BadRow], num_rows: int, what: str) -> str:
+    """Return how many images have no feature, and which. what: the images, as in "test images"."""
+    shown = "; ".join(f"{bad.name}: {bad.reason}" for bad in damaged[:_NUM_SHOWN])
+    more = f"; and {len(damaged) - _NUM_SHOWN:,} more" if len(damaged) > _NUM_SHOWN else ""
+    return f"{len(damaged):,} of {num_rows:,} {what} cannot be used and are left out ({shown}{more})"
+
+
+@contextlib.contextmanager
 def eval_mode(encoder: nn.Module) -> Iterator[None]:
     """Put the encoder into eval mode for a while."""
     was_training = encoder.training
@@ -78,8 +124,8 @@ def share(num_rows: int, rank: int, world_size: int) -> range:
 
 def embed_here(
     encoder: RunEncoder, dataset: Dataset, on_event: Callable[[dict[str, Any]], None] | None = None
-) -> Tensor:
-    """Return the features of all rows in this process, float32 (N, D), on the encoder's device."""
+) -> Embedded:
+    """Return the features of all rows, made in this process, on the encoder's device."""
 
     def progress(done: int, total: int) -> None:
         if on_event:

@@ -18,6 +18,7 @@ from dataloading.headers import decode
 from dataloading.resize import resize_into
 from instdisc.config import TrainConfig
 from instdisc.evaluate.knn import nearest
+from instdisc.memory_bank import NEVER
 from instdisc.models import build_encoder
 from instdisc.runs import RunError, existing_run
 
@@ -56,18 +57,34 @@ class Bank:
     rows_ND: Tensor
     last_step_N: Tensor
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows, as a memory bank that is trained calls them."""
+        return self.rows_ND
+
+    @property
+    def last_step(self) -> Tensor:
+        """The steps, as a memory bank that is trained calls them."""
+        return self.last_step_N
+
+    def on(self, device: torch.device) -> Bank:
+        """Return the bank on a device."""
+        return Bank(self.rows_ND.to(device), self.last_step_N.to(device))
+
     @torch.no_grad()
     def nearest(self, features_BD: Tensor, k: int = 10) -> tuple[Tensor, Tensor]:
         """Return cosines, float32 (B, k), and dataset rows, int64 (B, k), of the nearest rows, the nearest first.
 
-        features_BD: of unit length, as the run's encoder makes them. Raises ValueError where shapes or k do not fit.
+        Rows that were never written, as those of damaged images, are not among them. features_BD: as the run's encoder
+        makes them; zeros have no neighbours, cosines -inf and rows -1. Raises ValueError where shapes or k do not fit.
         """
-        num_rows, dim = self.rows_ND.shape
+        dim, is_written_N = self.rows_ND.shape[1], self.last_step_N != NEVER
+        num_rows = int(is_written_N.sum())
         if features_BD.dim() != 2 or features_BD.shape[1] != dim:
             raise ValueError(f"features: found shape {tuple(features_BD.shape)}, expected (B, {dim})")
         if not 1 <= k <= num_rows:
-            raise ValueError(f"k: found {k}, expected 1 to {num_rows}, the number of rows")
-        return nearest(features_BD, self.rows_ND, k)
+            raise ValueError(f"k: found {k}, expected 1 to {num_rows}, the number of rows that were written")
+        return nearest(features_BD, self.rows_ND, k, usable_N=is_written_N)
 
 
 def load_encoder(run: str, device: str = "cpu") -> RunEncoder:

@@ -3,7 +3,7 @@
 An event is a small dict; `kind` says what it is:
 
     progress  step, num_steps, epoch, loss, images_per_s, data_wait (0 to 1), lr, eta_s (seconds or None)
-    knn       step, epoch, knn_top1, knn_bank_top1 (percent)
+    knn       step, epoch, knn_top1, knn_bank_top1 (percent), num_queries, num_test_images
     message   text
     phase     text, such as "embedding 3,000 of 10,000"
 """
@@ -158,7 +158,10 @@ def _knn_line(event: Mapping[str, Any]) -> str:
         for name, what in (("knn_top1", "images re-encoded"), ("knn_bank_top1", "memory bank"))
         if event.get(name) is not None
     ]
-    return f"kNN accuracy at step {event['step']:,} (epoch {event['epoch']:.2f}): {', '.join(found)}"
+    left_out = ""
+    if event.get("num_queries") != event.get("num_test_images"):
+        left_out = f"; of {event['num_queries']:,} of {event['num_test_images']:,} test images"
+    return f"kNN accuracy at step {event['step']:,} (epoch {event['epoch']:.2f}): {', '.join(found)}{left_out}"
 
 
 def _bar(done: float, stream: TextIO) -> str:

@@ -6,6 +6,7 @@
     checkpoints/           cluster.checkpoint's format
     tensorboard/           events
     bad_images.jsonl       damaged images, with the reasons; only where there are any
+    bad_test_images.jsonl  test images that are left out of kNN, with the reasons; only where there are any
     results.json           written last: the run is finished
     neighbours.png         what it learned, to look at
 

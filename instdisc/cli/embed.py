@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
-from instdisc.cli.output import output_file
+from instdisc.cli.output import output_file, printable
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -24,13 +25,15 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Embed the images and write float32 (N, D); row numbers are those of `instdisc index`."""
-    from dataclasses import asdict
+    """Embed the images and write float32 (N, D); row numbers are those of `instdisc index`.
 
+    Rows of images that cannot be used are zeros, and named in a file beside it.
+    """
     import numpy as np
 
+    from instdisc.bad_images import BadImage, to_jsonl
     from instdisc.config_sections import DataConfig
-    from instdisc.embedding import embed_here
+    from instdisc.embedding import embed_here, left_out_text
     from instdisc.images import open_images
     from instdisc.loading import load_encoder
     from instdisc.progress import Progress
@@ -47,13 +50,22 @@ def run(options: argparse.Namespace) -> int:
     started_s = time.monotonic()
     progress = Progress()
     try:
-        features_ND = embed_here(encoder, dataset, progress.update)
+        embedded = embed_here(encoder, dataset, progress.update)
     finally:
         progress.close()
+    features_ND, damaged = embedded.features_RD.cpu().numpy(), embedded.damaged
     with open(out, "wb") as file:
-        np.save(file, features_ND.cpu().numpy(), allow_pickle=False)
+        np.save(file, features_ND, allow_pickle=False)
+    list_of_damaged = out.with_name(f"{out.name}.damaged.jsonl")
+    if damaged:
+        list_of_damaged.write_bytes(to_jsonl(BadImage(bad.row, bad.name, bad.reason, None) for bad in damaged))
+    else:
+        list_of_damaged.unlink(missing_ok=True)  # of an earlier run of the command
     document = {
         "out": str(out),
+        "num_damaged": len(damaged),
+        "damaged": [asdict(bad) for bad in damaged],
+        "damaged_list": str(list_of_damaged) if damaged else None,
         "num_rows": len(features_ND),
         "dim": features_ND.shape[1],
         "source": dataset.index.source,
@@ -62,5 +74,8 @@ def run(options: argparse.Namespace) -> int:
         "seconds": round(time.monotonic() - started_s, 2),
     }
     text = f"{out}: {len(features_ND):,} features of {features_ND.shape[1]} numbers, {document['seconds']} s"
+    if damaged:
+        told = left_out_text(damaged, len(features_ND), "images")
+        text += f"\n{printable(told)}: their rows are zeros; {list_of_damaged} names them"
     print(json.dumps(document) if options.json else text)
     return 0

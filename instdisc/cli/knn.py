@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -22,15 +23,13 @@ def run(options: argparse.Namespace) -> int:
     """Embed training and test images and print both accuracies."""
     from dataclasses import replace
 
-    import torch
-
-    from dataloading.notes import LABELS
-    from instdisc.embedding import embed_here
-    from instdisc.evaluate.knn import knn_classify, top1
+    from cluster.worker import Worker, threads_for
+    from instdisc.cli.output import printable
     from instdisc.images import open_images
     from instdisc.loading import load_bank, load_encoder
     from instdisc.progress import Progress
     from instdisc.runs import RunError, existing_run
+    from instdisc.train.evaluation import KnnEvaluator
 
     encoder = load_encoder(options.uri, device="auto")
     data, asked = encoder.config.data, {"k": options.k, "temperature": options.temperature}
@@ -38,31 +37,44 @@ def run(options: argparse.Namespace) -> int:
     train = open_images(data, data.train_split, max_rows=data.max_rows)
     test = open_images(data, data.test_split, max_rows=data.max_test_rows)
     existing_run(options.uri).require_same_dataset(train.index)
-    if train.index.labels_N is None or test.index.labels_N is None:
-        why = [f"{d.index.source}: {note.text}" for d in (train, test) for note in d.index.notes if note.kind == LABELS]
-        raise RunError(f"kNN accuracy needs labels of training and test images; found {'; '.join(why) or 'none'}")
     progress = Progress()
+    worker = Worker(
+        device=next(encoder.parameters()).device,
+        num_threads=threads_for(1),
+        send_event=lambda text: progress.update(json.loads(text)),
+    )
+    evaluator = KnnEvaluator(train, test, replace(encoder.config, eval=eval_config), worker)
+    if evaluator.no_accuracy:
+        raise RunError(f"no kNN accuracy: {evaluator.no_accuracy}")
     try:
-        gallery_ND, queries_QD = (embed_here(encoder, d, progress.update) for d in (train, test))
+        evaluation = evaluator.evaluate(_Run(encoder.encoder, load_bank(options.uri).on(worker.device)))
     finally:
         progress.close()
-    bank_ND = load_bank(options.uri).rows_ND.to(gallery_ND.device)
-    labels_N, labels_Q = (torch.tensor(d.index.labels_N) for d in (train, test))
-    scores: dict[str, float] = {}
-    for name, rows_ND in (("knn_top1", gallery_ND), ("knn_bank_top1", bank_ND)):
-        votes_QC = knn_classify(
-            queries_QD,
-            rows_ND,
-            labels_N,
-            k=eval_config.k,
-            temperature=eval_config.temperature,
-            num_classes=len(train.index.class_names),
-        )
-        scores[name] = top1(votes_QC, labels_Q)
-    document = {**scores, "k": eval_config.k, "temperature": eval_config.temperature, "num_queries": len(labels_Q)}
+    scores = {name: evaluation.scores.get(name) for name in ("knn_top1", "knn_bank_top1")}
+    told = [*evaluator.about(), *evaluation.left_out()]
+    document = {
+        **scores,
+        "k": eval_config.k,
+        "temperature": eval_config.temperature,
+        **evaluation.summary(),
+        "num_own_rows_left_out": evaluator.num_same,
+        "bad_test_images": [asdict(bad) for bad in evaluation.bad_test],
+        "bad_training_images": [asdict(bad) for bad in evaluation.bad_training],
+        "told": told,
+    }
+    shown = {name: "none" if score is None else f"{score:.1f} %" for name, score in scores.items()}
+    of = f" of {evaluation.num_test_images:,}" if evaluation.bad_test else ""
     text = (
-        f"kNN (k={eval_config.k}, τ={eval_config.temperature:g}) on {len(labels_Q):,} test images: "
-        f"{scores['knn_top1']:.1f} % re-encoded, {scores['knn_bank_top1']:.1f} % memory bank"
+        f"kNN (k={eval_config.k}, τ={eval_config.temperature:g}) on {evaluation.num_queries:,}{of} test images: "
+        f"{shown['knn_top1']} re-encoded, {shown['knn_bank_top1']} memory bank"
     )
-    print(json.dumps(document) if options.json else text)
+    print(json.dumps(document) if options.json else "\n".join([text, *map(printable, told)]))
     return 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a checkpoint holds of what is evaluated."""
+
+    encoder: Any
+    bank: Any

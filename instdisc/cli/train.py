@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
         progress.close()
     if options.json:
         document = {"uri": uri, "step": result.step, "finished": result.finished, "metrics": result.metrics}
+        document["summary"] = result.summary
         print(json.dumps({**document, "notes": notes}))
     elif result.finished:
         print(summary(result, uri, was_finished=already is not None))

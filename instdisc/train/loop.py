@@ -13,7 +13,7 @@ from cluster.worker import Preempted, Worker
 from dataloading.index import Dataset, DatasetError
 from dataloading.loader import Loader, make_loader
 from dataloading.order import make_order
-from instdisc.bad_images import BAD_IMAGES, BadImage, BadImages, read_bad_images
+from instdisc.bad_images import BAD_IMAGES, BAD_TEST_IMAGES, BadImage, BadImages, read_bad_images, to_jsonl
 from instdisc.config import TrainConfig
 from instdisc.runs import NEIGHBOURS, Run, RunResult
 from instdisc.schedule import learning_rate, multiples_passed, num_steps
@@ -105,6 +105,7 @@ class Training:
         """Restore, train, evaluate and save until the last step or until the driver asks to stop."""
         self._restore()
         self.monitor.announce(self.state, self.plan)
+        self._tell_of_knn()
         self._report_bad_images([])  # those that the index knows
         if self.worker.all_gather_object(self.worker.stop_requested())[0]:
             return self._result(finished=False)
@@ -246,6 +247,14 @@ class Training:
                     self._save_now()  # whoever allows a larger share goes on from here
                 raise
 
+    def _tell_of_knn(self) -> None:
+        """Tell what a person should know of the evaluations to come."""
+        for text in [] if self.evaluator is None else self.evaluator.about():
+            self.worker.emit({"kind": "message", "text": text, "keep": True})
+        best = self.config.checkpoint.keep_best
+        if best is not None and (self.evaluator is None or self.evaluator.no_accuracy):
+            self.monitor.warn(f"checkpoint.keep_best={best}: this run measures no kNN accuracy, so none is the best")
+
     def _baselines(self) -> None:
         if self.evaluator is None:
             return
@@ -267,6 +276,9 @@ class Training:
             earlier = [point for point in self.state.curves.get(name, []) if point[0] != self.state.step]
             self.state.curves[name] = [*earlier, (self.state.step, value)]
         self.monitor.show_evaluation(self.state, evaluation, self.train_set, self.test_set)
+        if evaluation.bad_test and self.worker.rank == 0:
+            bad = [BadImage(bad.row, bad.name, bad.reason, None) for bad in evaluation.bad_test]
+            self.run.store.put(BAD_TEST_IMAGES, to_jsonl(bad))
         return evaluation
 
     def _save_now(self) -> None:
@@ -275,15 +287,14 @@ class Training:
     def _finish(self, evaluation: Evaluation | None) -> None:
         if self.worker.rank != 0:
             return
+        summary = {**self.monitor.summary(), "num_bad": len(self.bad_images)}
         if evaluation is not None and self.test_set is not None:
+            summary |= evaluation.summary()
             title = f"{self.config.recipe}: test images and their nearest training images"
-            self.run.store.put(NEIGHBOURS, draw_neighbours(self.train_set, self.test_set, evaluation.neighbours, title))
-        self.run.finish(
-            RunResult(
-                **{**self._result(finished=True), "uri": self.run.uri},
-                summary={**self.monitor.summary(), "num_bad": len(self.bad_images)},
-            )
-        )
+            picture = draw_neighbours(self.train_set, self.test_set, evaluation.neighbours, title)
+            if picture is not None:
+                self.run.store.put(NEIGHBOURS, picture)
+        self.run.finish(RunResult(**{**self._result(finished=True), "uri": self.run.uri}, summary=summary))
 
     def _result(self, *, finished: bool) -> dict[str, Any]:
         return {

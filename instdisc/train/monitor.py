@@ -47,7 +47,7 @@ class Monitor:
         self._waited_s = 0.0
         self._first_step = self.last_look = 0
         self._advised = self._batch_shown = self._told_bad = False
-        self._told_health: set[str] = set()
+        self._told_kinds: set[str] = set()
 
     def open_events(self, attempt: int, step: int) -> None:
         """Start event files; TensorBoard forgets what an earlier attempt wrote beyond `step` steps."""
@@ -180,10 +180,14 @@ class Monitor:
             raise DeadBankError(
                 f"{'; '.join(pointless)}. Nothing was saved since the last checkpoint; system.bank_checks=warn goes on"
             )
-        for text in pointless + doubtful:
+        self._warn_once(pointless + doubtful)
+
+    def _warn_once(self, texts: Sequence[str]) -> None:
+        """Tell what was not told yet, whatever the rank, the step and the figures."""
+        for text in texts:
             kind = re.sub(r"[\d.,+-]+", "", text)
-            if kind not in self._told_health:  # once, whatever the rank, the step and the figures
-                self._told_health.add(kind)
+            if kind not in self._told_kinds:
+                self._told_kinds.add(kind)
                 self.warn(text)
 
     def show_evaluation(
@@ -198,7 +202,11 @@ class Monitor:
             return
         if evaluation.scores:
             epoch = state.step * self._config.optim.global_batch / self._num_rows
-            self._worker.emit({"kind": "knn", "keep": True, "step": state.step, "epoch": epoch, **evaluation.scores})
+            queries = {"num_queries": evaluation.num_queries, "num_test_images": evaluation.num_test_images}
+            self._worker.emit(
+                {"kind": "knn", "keep": True, "step": state.step, "epoch": epoch, **queries, **evaluation.scores}
+            )
+        self._warn_once(evaluation.left_out())
         if self._events is not None:
             self._events.knn(state.step, evaluation.scores)
             self._events.neighbours(state.step, train_set, test_set, evaluation.neighbours)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dataloading.headers import FORMATS, decode
@@ -17,15 +18,26 @@ NUM_NEIGHBOURS = 8
 _LONGEST_SIDE = 256
 
 
-def draw_neighbours(train: Dataset, test: Dataset, neighbours: Neighbours, title: str) -> bytes:
-    """Return a PNG: up to ten test images, one of each class where classes are known, and their eight nearest."""
-    queries = _query_rows(test)
-    rows_Qk = neighbours.rows_Bk[queries, :NUM_NEIGHBOURS].tolist()
-    scores_Qk = neighbours.scores_Bk[queries, :NUM_NEIGHBOURS].tolist()
-    labels, train_labels, names = test.index.labels_N, train.index.labels_N, test.index.class_names
+def draw_neighbours(train: Dataset, test: Dataset, neighbours: Neighbours, title: str) -> bytes | None:
+    """Return a PNG: up to ten test images, one of each class where classes are known, and their eight nearest.
+
+    Images that are left out of kNN are neither; None where no image is left.
+    """
+    num_neighbours_B = (neighbours.rows_Bk >= 0).sum(dim=1).cpu().numpy()
+    queries = _query_rows(test, num_neighbours_B > 0)
+    if not queries:
+        return None
+    found = [slice(0, min(NUM_NEIGHBOURS, int(num_neighbours_B[q]))) for q in queries]
+    rows_Qk = [neighbours.rows_Bk[q, part].tolist() for q, part in zip(queries, found, strict=True)]
+    scores_Qk = [neighbours.scores_Bk[q, part].tolist() for q, part in zip(queries, found, strict=True)]
+    labels, names = test.index.labels_N, test.index.class_names
     correct = None
-    if labels is not None and train_labels is not None:
-        correct = [[bool(train_labels[r] == labels[q]) for r in rows] for q, rows in zip(queries, rows_Qk, strict=True)]
+    if labels is not None and train.index.labels_N is not None:
+        train_labels, train_names = train.index.labels_N, train.index.class_names
+        correct = [
+            [train_names[int(train_labels[r])] == names[int(labels[q])] for r in rows]
+            for q, rows in zip(queries, rows_Qk, strict=True)
+        ]
     picture = neighbours_picture(
         [image_of(test, q) for q in queries],
         [[image_of(train, r) for r in rows] for rows in rows_Qk],
@@ -54,9 +66,9 @@ def image_of(dataset: Dataset, row: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _query_rows(test: Dataset) -> list[int]:
-    """The first good test image of each class, else the first few."""
-    good = np.flatnonzero(~test.index.bad_N)
+def _query_rows(test: Dataset, has_neighbours_N: NDArray[np.bool_]) -> list[int]:
+    """The first test image with neighbours of each class, else the first few."""
+    good = np.flatnonzero(has_neighbours_N)
     labels = test.index.labels_N
     if labels is None:
         return good[:NUM_QUERIES].tolist()

@@ -126,6 +126,8 @@ class EventWriter:
         from instdisc.train.neighbours import draw_neighbours
 
         png = draw_neighbours(train, test, neighbours, f"Nearest neighbours after {step:,} steps")
+        if png is None:
+            return
         with Image.open(io.BytesIO(png)) as picture:
             self.image(step, "knn/neighbours", np.asarray(picture.convert("RGB")))
 
