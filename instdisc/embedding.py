@@ -75,6 +75,8 @@ def embed_rows(
             part = slice(done, done + len(batch.indices_B))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 features_BD = encoder(batch.images_BCHW)
+            if done == 0:
+                features_RD = features_RD.new_zeros((len(rows), features_BD.shape[1]))
             is_valid_R[part], is_finite_R[part] = batch.valid_B.to(device), features_BD.isfinite().all(dim=1)
             is_good_B1 = (is_valid_R[part] & is_finite_R[part])[:, None]
             features_RD[part] = torch.where(is_good_B1, features_BD, 0.0)

@@ -275,7 +275,7 @@ def test_an_evaluation_of_packed_images_scores_as_that_of_the_folder_and_without
         images = open_dataset("auto", str(root), "train")
         config = TrainConfig(eval=EvalConfig(resize=40, crop=32, k=5))
         evaluator = KnnEvaluator(images, images, config, Worker(device=torch.device("cpu")))
-        bank = SimpleNamespace(rows=torch.eye(48)[:40])
+        bank = SimpleNamespace(rows=torch.eye(48)[:40], last_step=torch.ones(40, dtype=torch.int32))
         scores.append(evaluator.evaluate(SimpleNamespace(encoder=Thumbnails(), bank=bank)).scores)
     assert scores[0] == scores[1]
     assert scores[0]["knn_top1"] > 50
