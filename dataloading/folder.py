@@ -87,7 +87,7 @@ def _open(path: Path) -> BinaryIO:
 def list_folder(root: str | None, part: Part, *, max_rows: int | None = None) -> tuple[DatasetIndex, FolderReader]:
     """Return the images of a folder as far as the list of files tells: their sizes are not looked at."""
     path = existing_root(root, "folder")
-    tree = _LocalTree(path)
+    tree = _LocalTree(path, every_path=part.rule == 1)
     choices = choose_folder(tree, part, where=str(path))
     index, base = first_labelled(choices, lambda choice: _listing(tree, part, choice, max_rows))
     return index, FolderReader(base, Names.of(index.names))
@@ -117,8 +117,8 @@ def _listing(tree: _LocalTree, part: Part, choice: FolderChoice, max_rows: int |
 class _LocalTree:
     """The folders of a local data root; what is below them is listed only where it is asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, every_path: bool) -> None:
+        self.root, self._every_path = root, every_path
 
     def folders(self, at: str) -> list[str]:
         return folders_in(self.root / at)
@@ -139,14 +139,17 @@ class _LocalTree:
     def files(self, at: str, left_out: Counter[str]) -> list[tuple[str, int]]:
         """Return the images below a folder, sorted, and count what else lies there."""
         if at:
-            return list_files(self.root / at, self.root, EXTENSIONS, left_out=left_out)
+            return self._list(self.root / at, left_out)
         left_out.update(self._all[1])
         return self._all[0]
+
+    def _list(self, base: Path, left_out: Counter[str]) -> list[tuple[str, int]]:
+        return list_files(base, self.root, EXTENSIONS, left_out=left_out, every_path=self._every_path)
 
     @cached_property
     def _all(self) -> tuple[list[tuple[str, int]], Counter[str]]:
         left_out: Counter[str] = Counter()
-        return list_files(self.root, self.root, EXTENSIONS, left_out=left_out), left_out
+        return self._list(self.root, left_out), left_out
 
 
 def _is_image(path: Path) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Collection
+from heapq import heappop, heappush
 from pathlib import Path
 
 from dataloading.index import DatasetError
@@ -18,23 +20,33 @@ def list_files(
     *,
     first_only: bool = False,
     left_out: Counter[str] | None = None,
+    every_path: bool = False,
 ) -> list[tuple[str, int]]:
     """Return (path relative to `base`, bytes) of the files under `base`, sorted by path; parts joined by "/".
 
     Hidden files and folders are left out, and whatever is not a regular file. A link is followed while it stays under
     `root`. Raises DatasetError for a link that leaves the root. first_only: stop at the first file found. left_out:
     counts what is not listed, by `notes.ending_of`.
+
+    Each folder is listed once, under its own path where that is below `base`, else under the first link to it: folders
+    that link to each other have more paths than can be walked. every_path: under each of its paths, as older versions
+    did.
     """
     found: list[tuple[str, int]] = []
     real_root = root.resolve()
     check_link(base, real_root)
-    # A link to a folder above itself would be walked forever: the real paths of the open folders are remembered.
-    waiting = [(base, "", frozenset({base.resolve()}))]
-    while waiting:
-        folder, prefix, above = waiting.pop()
+    seen: set[Path] = set()
+    waiting, links = [("", base, frozenset[Path]())], list[tuple[str, Path, frozenset[Path]]]()
+    while waiting or links:
+        prefix, folder, above = waiting.pop() if waiting else heappop(links)
+        real = folder.resolve()
+        if real in (above if every_path else seen):
+            continue
+        seen.add(real)
+        above |= {real}
         with os.scandir(folder) as entries:
             for entry in entries:
-                is_wanted, is_folder = has_ending(entry.name, extensions), entry.is_dir()
+                is_wanted, is_folder = has_ending(entry.name, extensions), _leads_to(entry.is_dir)
                 if entry.name.startswith(".") or not (is_wanted or is_folder):
                     if left_out is not None and (kind := _left_out_as(entry.name, is_folder, extensions)):
                         left_out[kind] += 1
@@ -42,16 +54,27 @@ def list_files(
                 if entry.is_symlink():
                     check_link(Path(entry.path), real_root)
                 if is_folder:
-                    real = Path(entry.path).resolve()
-                    if real not in above:
-                        waiting.append((Path(entry.path), f"{prefix}{entry.name}/", above | {real}))
-                elif entry.is_file():
+                    later = (f"{prefix}{entry.name}/", Path(entry.path), above)
+                    if entry.is_symlink() and not every_path:
+                        heappush(links, later)
+                    else:
+                        waiting.append(later)
+                elif _leads_to(entry.is_file):
                     found.append((prefix + entry.name, entry.stat().st_size))
                     if first_only:
                         return found
                 elif left_out is not None:
                     left_out[NO_FILE] += 1
     return sorted(found)
+
+
+def _leads_to(is_kind: Callable[[], bool]) -> bool:
+    try:
+        return is_kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False  # a loop of links, like a link to nothing
+        raise
 
 
 def _left_out_as(name: str, is_folder: bool, extensions: Collection[str]) -> str:
@@ -99,7 +122,10 @@ def check_links(folder: Path, root: Path) -> None:
 
 def check_link(link: Path, real_root: Path) -> None:
     """Raise DatasetError where a path leads out of the root, whose real path `real_root` is."""
-    target = link.resolve()
+    try:
+        target = link.resolve()
+    except RuntimeError:
+        return  # a loop of links leads nowhere, and nothing is read there
     if not target.is_relative_to(real_root):
         raise DatasetError(
             f"{link} is a link to {target}, which is outside the data root {real_root}: no path outside the data root "
