@@ -6,6 +6,7 @@ process lives, which suits small pieces that come and go; those are left to it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from typing import Any
@@ -27,8 +28,9 @@ def page_locked(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     if num_bytes < SMALL_BYTES:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # With small pages, each row of a large bank costs a walk through the page tables.
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    # With small pages, each row of a large bank costs a walk through the page tables; some kernels have no others.
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(mapping, dtype=np.uint8)
     failure = int(_cuda_runtime().cudaHostRegister(memory.ctypes.data, num_bytes, 0))
     if failure:
