@@ -18,6 +18,7 @@ from instdisc.config_elastic import ElasticConfig
 from instdisc.config_method import BankConfig, ObjectiveConfig
 from instdisc.config_sections import (
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     EvalConfig,
     ModelConfig,
@@ -64,6 +65,14 @@ class TrainConfig:
                 "0: these objectives use one view",
             ),
         )
+
+        architecture, least = self.model.architecture, self.model.min_side
+        for name, side in (("augment.size", self.augment.size), ("eval.crop", self.eval.crop)):
+            if side < least:
+                raise ConfigError(
+                    f"{name}: found {side}, which {architecture} cannot take; expected at least {least} pixels, "
+                    "224 for the nets of ImageNet"
+                )
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the configuration with dotted overrides applied, such as {"objective.temperature": 0.1}.

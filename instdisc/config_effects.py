@@ -198,9 +198,10 @@ def idle_fields(config: TrainConfig) -> frozenset[str]:
 def refuse_idle(config: TrainConfig, asked: Collection[str]) -> None:
     """Raise ConfigError where one of the fields that were asked for is not read and is not at its default."""
     values, defaults = flatten(config), flatten(type(config)())
-    for name in sorted(idle_fields(config).intersection(asked)):
-        if values[name] not in (None, defaults[name]):  # None asks for nothing
-            raise ConfigError(
-                f"{name}: found {values[name]!r}, which has an effect only with {EFFECTS[name].where}; give that, or "
-                f"leave {name} out"
-            )
+    idle = [name for name in values if name in idle_fields(config).intersection(asked)]
+    found = [name for name in idle if values[name] not in (None, defaults[name])]  # None asks for nothing
+    if found:
+        reasons = [
+            f"{name}: found {values[name]!r}, which has an effect only with {EFFECTS[name].where}" for name in found
+        ]
+        raise ConfigError(f"{'; '.join(reasons)}. Give that, or leave {' and '.join(found)} out")

@@ -105,6 +105,18 @@ class DataConfig:
             ("orientation", self.orientation, self.orientation in ORIENTATIONS, f"one of {', '.join(ORIENTATIONS)}"),
             ("deep_samples", self.deep_samples, self.deep_samples in DEEP_SAMPLES, f"one of {', '.join(DEEP_SAMPLES)}"),
             ("order", self.order, self.order in ORDERS, f"one of {', '.join(ORDERS)}"),
+            (
+                "order",
+                self.order,
+                self.order == "permutation" or self.kind in ("auto", "packed"),
+                f"permutation for kind {self.kind}: packed images alone have shards to go by",
+            ),
+            (
+                "backend",
+                self.backend,
+                self.kind != "demo" or self.backend in ("auto", "memory", "torch"),
+                "auto, memory or torch for kind demo, whose images are not encoded",
+            ),
             ("lanes", self.lanes, self.lanes >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1"),
             ("cache_gb", self.cache_gb, self.cache_gb is None or self.cache_gb >= 0, "at least 0, or none"),
@@ -143,6 +155,11 @@ class ModelConfig:
     """Channels of the first stage of "resnet-small" and of "convnet-small"."""
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     """Basic blocks per stage of "resnet-small"; channels double from stage to stage."""
+
+    @property
+    def min_side(self) -> int:
+        """Side in pixels of the smallest images that the architecture takes."""
+        return {"alexnet": 63, "vgg16": 32, "convnet-small": 7}.get(self.architecture, 1)
 
     @property
     def min_channels(self) -> int:

@@ -13,7 +13,7 @@ from cluster.environment import have_a_home
 from cluster.this_machine import usable_cores, visible_gpus, workers_here
 from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.command_line import command_line
-from instdisc.config import TrainConfig
+from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig
 from instdisc.config_effects import refuse_idle
 from instdisc.config_sections import ConfigError
 from instdisc.overrides import flatten
@@ -104,10 +104,11 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
     """Refuse another configuration than the finished run's, and tell of harmless differences."""
     stored = place.require_same_config(config)
     before, now = flatten(stored), flatten(config)
-    changed = [name for name in now if name.startswith("eval.") and before[name] != now[name]]
+    changed = [name for name in now if name in MAY_CHANGE_ON_RESUME and before[name] != now[name]]
     if changed and on_event:
-        knn = command_line("knn", place.uri)
-        text = f"the run is finished: {', '.join(changed)} not applied; `{knn}` evaluates anew"
+        text = f"the run is finished: {', '.join(changed)} not applied"
+        if any(name.startswith("eval.") for name in changed):
+            text += f"; `{command_line('knn', place.uri)}` evaluates anew"
         on_event({"kind": "message", "text": text})
 
 

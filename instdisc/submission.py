@@ -14,9 +14,10 @@ from cluster.attempts import manifest_ids
 from cluster.credentials import is_secret_argument, is_secret_variable, without_credentials
 from cluster.manifest import ManifestId
 from cluster.worker_range import parse_workers
+from instdisc.config import TrainConfig
 from instdisc.config_sections import ConfigError
 from instdisc.launch import absolute
-from instdisc.runs import Run
+from instdisc.runs import Run, usable_workers
 
 _LONGEST_SLUG = 40
 _ADVICE = (
@@ -88,6 +89,15 @@ def run_on_cluster(uri: str | None, host_names: Callable[[], set[str]], *, is_sh
                 f"{', '.join(sorted(others))}; {advice}, or --shared-folder if {path} is the same folder on all of them"
             )
     return path
+
+
+def require_groups(uri: str, config: TrainConfig, workers: str) -> None:
+    """Raise ConfigError where the run has fewer normalisation groups than workers; nothing where it cannot be read."""
+    try:
+        stored = Run(uri).config()
+    except (OSError, ValueError, ImportError):
+        return  # the driver will look
+    usable_workers(stored or config, *parse_workers(workers))
 
 
 def newest_checkpoint(uri: str) -> ManifestId | None:

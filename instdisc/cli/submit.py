@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from instdisc.cli.overrides import parse_overrides
 from instdisc.cli.train import default_workers, metric_lines
+from instdisc.config import TrainConfig
 from instdisc.progress import Progress, in_bytes
 from instdisc.recipes import RECIPES, recipe
 from instdisc.runs import Run, RunResult
@@ -79,18 +80,21 @@ def run(options: argparse.Namespace) -> int:
     train_command(options.recipe, options.uri or "", options.workers, options.overrides)
     address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS") or ""
     with tempfile.TemporaryDirectory(prefix="instdisc-submit-") as folder:
-        return _submit(options, address, variables, Path(folder))
+        return _submit(options, config, address, variables, Path(folder))
 
 
-def _submit(options: argparse.Namespace, address: str, variables: dict[str, str], folder: Path) -> int:
+def _submit(
+    options: argparse.Namespace, config: TrainConfig, address: str, variables: dict[str, str], folder: Path
+) -> int:
     from cluster.ray_jobs import RayJobs, runtime_env
     from cluster.ray_submit import HeadLostError, JobSpec, Submission
-    from instdisc.submission import job_name, newest_checkpoint, run_on_cluster, train_command
+    from instdisc.submission import job_name, newest_checkpoint, require_groups, run_on_cluster, train_command
 
     lines = Lines(Progress())
     package = _package(options.working_dir, folder, lines)
     jobs = RayJobs(address)
     uri = run_on_cluster(options.uri, jobs.host_names, is_shared=options.shared_folder)
+    require_groups(uri, config, options.workers)
     submission = Submission(
         jobs,
         JobSpec(

@@ -19,7 +19,6 @@ from cluster.checkpoint import Checkpoint, RowTable
 from cluster.collectives import Group
 from cluster.worker import Worker
 from instdisc.config import TrainConfig
-from instdisc.config_sections import ConfigError
 from instdisc.memory_bank import DTYPES, ShardedMemoryBank
 from instdisc.models import Encoder, build_encoder
 from instdisc.objectives.normalizer import Normalizer
@@ -101,7 +100,6 @@ def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainStat
     bank_group: Group = dist.new_group() if worker.world_size > 1 else None
     statistics_group: Group = dist.new_group() if worker.world_size > 1 else None
     encoder = build_encoder(config.model, config.seed).to(worker.device)
-    require_fitting_images(encoder, config, worker.device)
     if use_channels_last(config, worker.device):
         encoder = encoder.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     batch_norm = GroupedBatchNorm(encoder, statistics_group)
@@ -135,21 +133,6 @@ def build_state(config: TrainConfig, num_rows: int, worker: Worker) -> TrainStat
     )
     parallel = wrap(encoder, worker, config)
     return TrainState(config, encoder, parallel, optimizer, batch_norm, bank, normalizer)
-
-
-@torch.no_grad()
-def require_fitting_images(encoder: Encoder, config: TrainConfig, device: torch.device) -> None:
-    """Raise ConfigError where the encoder cannot take images of the size that training or evaluation gives it."""
-    encoder.eval()
-    for name, side in (("augment.size", config.augment.size), ("eval.crop", config.eval.crop)):
-        try:
-            encoder(torch.zeros((1, 3, side, side), device=device))
-        except RuntimeError as error:
-            raise ConfigError(
-                f"{name}: found {side}, which {config.model.architecture} cannot take ({error}); expected larger "
-                "images, 224 for the nets of ImageNet"
-            ) from error
-    encoder.train()
 
 
 def wrap(encoder: Encoder, worker: Worker, config: TrainConfig) -> nn.Module:

@@ -99,6 +99,10 @@ def test_an_override_that_does_not_fit_is_refused_with_advice(name, text, messag
         ({"augment.num_views": 2}, "one view"),
         ({"augment.num_local_views": 6}, "one view"),
         ({"augment.scale": (0.5, 0.1)}, "scale"),
+        ({"model.architecture": "alexnet", "augment.size": 62}, "augment.size: found 62, which alexnet cannot take"),
+        ({"model.architecture": "vgg16", "eval.crop": 31}, "eval.crop: found 31, which vgg16 cannot take"),
+        ({"data.kind": "folder", "data.order": "block"}, "data.order: found 'block', expected permutation for kind fo"),
+        ({"data.kind": "demo", "data.backend": "dali"}, "data.backend: found 'dali', expected auto, memory or torch"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_naming_the_field(overrides, message):

@@ -30,6 +30,17 @@ def test_an_encoder_gives_unit_features_of_the_length_asked_for(architecture, st
     torch.testing.assert_close(features_BD.norm(dim=1), torch.ones(2))
 
 
+@pytest.mark.parametrize("architecture", ["alexnet", "vgg16", "resnet50", "resnet-small", "convnet-small"])
+def test_the_smallest_images_that_the_configuration_allows_are_the_smallest_that_the_net_takes(architecture):
+    config = ModelConfig(architecture=architecture)
+    with torch.device("meta"):  # shapes alone
+        encoder = build_encoder(config).eval()
+        assert encoder(torch.rand(1, 3, config.min_side, config.min_side)).shape == (1, 128)
+        if config.min_side > 1:
+            with pytest.raises(RuntimeError):
+                encoder(torch.rand(1, 3, config.min_side - 1, config.min_side - 1))
+
+
 def test_the_cifar_stem_keeps_the_resolution():
     trunk = build_encoder(ModelConfig(architecture="resnet18", stem="cifar")).trunk
     assert trunk.conv1(torch.zeros(1, 3, 32, 32)).shape[-1] == 32  # pyright: ignore[reportCallIssue]

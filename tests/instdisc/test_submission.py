@@ -14,7 +14,9 @@ from instdisc.cli.main import main
 from instdisc.cli.submit import Lines
 from instdisc.config_sections import ConfigError
 from instdisc.progress import Progress
-from instdisc.submission import job_name, passed_on, run_on_cluster, train_command
+from instdisc.recipes import recipe
+from instdisc.runs import Run
+from instdisc.submission import job_name, passed_on, require_groups, run_on_cluster, train_command
 
 
 def test_a_runs_jobs_have_readable_names_of_their_own():
@@ -181,3 +183,14 @@ def test_a_log_in_pieces_becomes_whole_lines_and_progress_is_redrawn_in_a_termin
             "end without a newline",
         ]
         assert stream.getvalue().splitlines() == expected
+
+
+def test_more_workers_than_the_run_has_groups_are_refused_here_and_not_after_a_minute_there(tmp_path):
+    config = recipe("quickstart")
+    with pytest.raises(ConfigError, match=r"workers: found 3, .* give --workers 2"):
+        require_groups(str(tmp_path), config, "3")
+    require_groups(str(tmp_path), config, "1..3")
+    # A run that began with more groups than its recipe has now.
+    Run(str(tmp_path)).keep_config(config.with_overrides({"optim.norm_group": 32}))
+    require_groups(str(tmp_path), config, "3")
+    require_groups("s3://", config, "3")
