@@ -66,14 +66,6 @@ class TrainConfig:
             ),
         )
 
-        architecture, least = self.model.architecture, self.model.min_side
-        for name, side in (("augment.size", self.augment.size), ("eval.crop", self.eval.crop)):
-            if side < least:
-                raise ConfigError(
-                    f"{name}: found {side}, which {architecture} cannot take; expected at least {least} pixels, "
-                    "224 for the nets of ImageNet"
-                )
-
     def with_overrides(self, overrides: Mapping[str, Any]) -> TrainConfig:
         """Return the configuration with dotted overrides applied, such as {"objective.temperature": 0.1}.
 
@@ -120,6 +112,17 @@ MAY_CHANGE_ON_RESUME = frozenset(
         *(f"system.{f.name}" for f in dataclasses.fields(SystemConfig)),
     }
 ) - {"system.precision"}
+
+
+def require_fitting_images(config: TrainConfig) -> None:
+    """Raise ConfigError where the net cannot take images of the size that training or evaluation gives it."""
+    architecture, least = config.model.architecture, config.model.min_side
+    for name, side in (("augment.size", config.augment.size), ("eval.crop", config.eval.crop)):
+        if side < least:
+            raise ConfigError(
+                f"{name}: found {side}, which {architecture} cannot take; expected at least {least} pixels, 224 for "
+                "the nets of ImageNet"
+            )
 
 
 DECIDED_AT_FIRST_START = ("optim.norm_group", "system.precision")

@@ -13,7 +13,7 @@ from cluster.environment import have_a_home
 from cluster.this_machine import usable_cores, visible_gpus, workers_here
 from cluster.worker_range import WorkerRange, parse_workers
 from instdisc.command_line import command_line
-from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig
+from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, require_fitting_images
 from instdisc.config_effects import refuse_idle
 from instdisc.config_sections import ConfigError
 from instdisc.overrides import flatten
@@ -73,6 +73,7 @@ def fit(
     if config.data.root is not None:
         config = config.with_overrides({"data.root": absolute(config.data.root)})
     _refuse_idle(config, place)
+    require_fitting_images(config)
     done = place.result()
     if done is not None:
         _say_what_is_not_applied(config, place, on_event)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dataloading.augment import AugmentConfig
-from instdisc.config import DECIDED_AT_FIRST_START, TrainConfig
+from instdisc.config import DECIDED_AT_FIRST_START, TrainConfig, require_fitting_images
 from instdisc.config_effects import idle_fields, refuse_idle
 from instdisc.config_method import ObjectiveConfig
 from instdisc.config_sections import (
@@ -194,6 +194,7 @@ def recipe(name: str, **overrides: Any) -> TrainConfig:
     """
     config = made_from(name, overrides)
     refuse_idle(config, overrides)
+    require_fitting_images(config)
     return config
 
 

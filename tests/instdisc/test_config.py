@@ -99,8 +99,6 @@ def test_an_override_that_does_not_fit_is_refused_with_advice(name, text, messag
         ({"augment.num_views": 2}, "one view"),
         ({"augment.num_local_views": 6}, "one view"),
         ({"augment.scale": (0.5, 0.1)}, "scale"),
-        ({"model.architecture": "alexnet", "augment.size": 62}, "augment.size: found 62, which alexnet cannot take"),
-        ({"model.architecture": "vgg16", "eval.crop": 31}, "eval.crop: found 31, which vgg16 cannot take"),
         ({"data.kind": "folder", "data.order": "block"}, "data.order: found 'block', expected permutation for kind fo"),
         ({"data.kind": "demo", "data.backend": "dali"}, "data.backend: found 'dali', expected auto, memory or torch"),
     ],
@@ -108,6 +106,18 @@ def test_an_override_that_does_not_fit_is_refused_with_advice(name, text, messag
 def test_a_value_that_cannot_be_is_refused_naming_the_field(overrides, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig().with_overrides(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.architecture": "alexnet", "augment.size": 62}, "augment.size: found 62, which alexnet cannot take"),
+        ({"model.architecture": "vgg16", "eval.crop": 31}, "eval.crop: found 31, which vgg16 cannot take"),
+    ],
+)
+def test_images_that_are_too_small_for_the_net_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        recipes.recipe("imagenet-npid-r18", **overrides)
 
 
 def test_an_unknown_recipe_is_refused_with_the_likely_one():

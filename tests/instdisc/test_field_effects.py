@@ -26,6 +26,7 @@ DECLARING = {"config.py", "config_sections.py", "config_method.py", "config_elas
 READ_WITH: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     # field: (a value that is not its default, overrides with which nothing reads it, and with which something does)
     "data.root": ("/photos", {"data.kind": "demo"}, {"data.kind": "folder"}),
+    "data.config": ("faces", {"data.kind": "demo", "data.root": None}, {}),
     "data.download": (True, {"data.kind": "folder"}, {"data.kind": "cifar100"}),
     "data.orientation": ("tiff", {"data.kind": "demo", "data.root": None}, {}),
     "data.deep_samples": ("clipped", {"data.kind": "demo", "data.root": None}, {}),

@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.worker import Worker
@@ -19,6 +19,7 @@ from instdisc.train.plan import BatchPlan
 from instdisc.train.state import autocast_dtype, decide_precision
 
 
+@settings(deadline=None)
 @given(batch=st.integers(2, 300), workers=st.integers(1, 64))
 def test_at_a_first_start_every_worker_has_a_group_where_the_batch_suffices(batch, workers):
     config = TrainConfig(optim=OptimConfig(global_batch=batch))
