@@ -51,7 +51,6 @@ def config_of(root: Path) -> TrainConfig:
             "optim.norm_group": 4,
             "optim.epochs": 1,
             "optim.warmup_epochs": 0,
-            "optim.milestones": (),
             "system.bank_checks": "warn",
             "system.tensorboard": False,
         }
