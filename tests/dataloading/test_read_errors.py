@@ -254,6 +254,9 @@ def test_verify_ends_where_a_shard_cannot_be_read_and_lists_one_that_is_gone_or_
     class Fails:
         is_remote = True
 
+        def other_tars(self):
+            return []
+
         def read(self, *arguments, **more):
             raise StoreError("nothing answers")
 
