@@ -26,6 +26,7 @@ from cluster.manifest import (
     read_listed_manifest,
 )
 from cluster.row_table import DTYPES, row_view
+from cluster.shared_reads import SharedReads
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import (
     CheckpointError,
@@ -52,11 +53,15 @@ class Checkpoint:
     """A checkpoint in a store. Rows and tensors are read when asked for, and verified.
 
     Reading raises `CheckpointDeletedError` where retention removed the checkpoint meanwhile, `DamagedObjectError` where
-    an object is not what was written, and `StoreError` where the store fails.
+    an object is not what was written, and `StoreError` where the store fails. shared: where ranks of one machine read
+    the tensors once.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, *, num_threads: int = 4) -> None:
+    def __init__(
+        self, store: Store, manifest: Manifest, *, num_threads: int = 4, shared: SharedReads | None = None
+    ) -> None:
         self.manifest = manifest
+        self._shared = shared
         self._store = store
         self._num_threads = num_threads
 
@@ -124,7 +129,12 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of model and optimizer, on the host."""
         with self._explained():
-            data = read_object(self._store, self.manifest.tensors, self._num_threads)
+            stored, num_threads = self.manifest.tensors, self._num_threads
+            data = (
+                self._shared.read(stored, num_threads)
+                if self._shared
+                else read_object(self._store, stored, num_threads)
+            )
         try:
             return deserialize(data)
         except ValueError as error:

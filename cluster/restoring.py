@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from cluster.agreement import WorkerLike, gather
 from cluster.checkpoint_reader import Checkpoint, verify_share
 from cluster.manifest import Manifest, ManifestError, ManifestId, describe, read_listed_manifest
+from cluster.shared_reads import SharedReads
 from cluster.store import ObjectMissingError, Store
 from cluster.stored_object import CheckpointError, DamagedObjectError
 
@@ -32,6 +33,9 @@ class Restoring:
     num_threads: int
     damaged: list[ManifestId] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._shared = SharedReads(self.store) if self.worker.world_size > 1 else None
 
     def newest_intact(self, chain: Sequence[ManifestId]) -> Checkpoint | None:
         """Return the newest intact one of valid checkpoints, oldest first; None if there are none at all. Collective.
@@ -72,7 +76,11 @@ class Restoring:
             found.extend([manifest] if manifest else [])
             return problems
 
-        replies = gather(self.worker, f"read the checkpoint of {describe([id])}", read)
+        try:
+            replies = gather(self.worker, f"read the checkpoint of {describe([id])}", read)
+        finally:
+            if self._shared:
+                self._shared.clear()  # all ranks have read
         problems = list(dict.fromkeys(problem for reply in replies for problem in reply))
         return (None if problems else found[0]), problems
 
@@ -89,7 +97,7 @@ class Restoring:
             return None, [str(error)]
         self._check_digests(manifest)
         try:
-            load(Checkpoint(self.store, manifest, num_threads=self.num_threads))
+            load(Checkpoint(self.store, manifest, num_threads=self.num_threads, shared=self._shared))
         except DamagedObjectError as error:
             return manifest, [str(error)]
         except _MISFITS as error:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import xxhash
@@ -130,6 +131,13 @@ def _read_in_turn(store: Store, expected: StoredObject, target: memoryview, star
     if done < expected.num_bytes or has_more:
         raise _wrong_size(store, expected, done, has_more)
     _require_digest(store, expected, digest)
+
+
+def has_digest(expected: StoredObject, data: Buffer | mmap) -> bool:
+    """Whether bytes are those of an object, by their checksum."""
+    digest = _digest_of(expected)
+    digest.update(data)
+    return digest.hexdigest() == expected.checksum.partition(":")[2]
 
 
 def _ignore(seen: memoryview) -> None: ...

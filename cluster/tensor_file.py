@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from mmap import mmap
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def serialize(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     return [len(text).to_bytes(8, "little"), text, *(tensor_bytes(tensors[name]) for name in names)]
 
 
-def deserialize(data: bytearray) -> dict[str, Tensor]:
+def deserialize(data: bytearray | mmap) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file, on the host: views of its memory, nothing is copied.
 
     ValueError for what is no such file, whatever its header says.
@@ -85,7 +86,7 @@ def deserialize(data: bytearray) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_header(data: bytearray) -> tuple[int, dict[str, Any]]:
+def _read_header(data: bytearray | mmap) -> tuple[int, dict[str, Any]]:
     """Return where the tensors begin, and the header."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(len(data) - 8, _MAX_HEADER_BYTES):
@@ -103,9 +104,9 @@ def _read_header(data: bytearray) -> tuple[int, dict[str, Any]]:
     return 8 + length, header
 
 
-def _view(data: bytearray, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+def _view(data: bytearray | mmap, dtype: torch.dtype, start: int, stop: int) -> Tensor:
     if start == stop:
         return torch.empty(0, dtype=dtype)
     if start % dtype.itemsize:
-        data, start, stop = data[start:stop], 0, stop - start  # a copy is aligned
+        data, start, stop = bytearray(data[start:stop]), 0, stop - start  # a copy is aligned
     return torch.frombuffer(data, dtype=dtype, count=(stop - start) // dtype.itemsize, offset=start)

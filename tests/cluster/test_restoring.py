@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
-from checkpoint_content import NUM_ROWS, assert_holds, run_saves, save, start, whole_tables
+from checkpoint_content import NUM_ROWS, assert_holds, run_saves, save, start, tensors_of, whole_tables
 from checkpoint_fakes import FaultyStore, InlineCoordination, ThreadWorker, run_group
 
 import cluster.manifest
 from cluster.checkpoint import CheckpointDeletedError, Checkpointer, CheckpointError, read_latest
 from cluster.manifest import FORMAT
+from cluster.shared_reads import SharedReads
 from cluster.store import Store
 from cluster.stored_object import DamagedObjectError
 
@@ -155,3 +159,43 @@ def test_restore_of_an_empty_store_finds_nothing(uri):
     checkpointer = Checkpointer(Store(uri), worker=ThreadWorker(), coordinator=InlineCoordination(Store(uri)))
     assert checkpointer.restore() is None
     assert read_latest(Store(uri)) is None
+
+
+def test_the_ranks_of_a_machine_read_the_tensors_from_the_storage_once(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_saves(Store(uri), [10, 20], world_size=3)
+    stores = [FaultyStore(uri) for _ in range(3)]
+    coordinator = InlineCoordination(Store(uri))
+
+    def work(worker: ThreadWorker):
+        found = []
+        _, checkpoint = start(
+            stores[worker.rank], worker, coordinator=coordinator, load=lambda one: found.append(one.tensors())
+        )
+        return checkpoint.step, found[0]
+
+    outcomes = run_group(3, work)
+    assert [outcome[0] for outcome in outcomes] == [20] * 3
+    reads = [key for store in stores for name, key in store.log if name == "read_into" and "tensors" in key]
+    assert len(reads) == 1
+    for _, tensors in outcomes:
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(20).items())
+    outcomes[0][1]["w"].zero_()
+    assert torch.equal(outcomes[1][1]["w"], tensors_of(20)["w"]), "the memory of each is its own"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("plant", ["a file", "a folder of others", "a wrong copy"])
+def test_what_lies_in_the_place_of_shared_tensors_is_not_trusted(uri, tmp_path, monkeypatch, plant):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run_saves(Store(uri), [10], world_size=2)
+    shared = SharedReads(Store(uri))
+    stored = read_latest(Store(uri)).manifest.tensors
+    folder = tmp_path / Path(shared._folder).name
+    if plant == "a file":
+        folder.write_bytes(b"")
+    else:
+        folder.mkdir(mode=0o777 if plant == "a folder of others" else 0o700)
+        folder.chmod(0o777 if plant == "a folder of others" else 0o700)
+        (folder / stored.checksum.replace(":", "-")).write_bytes(bytes(stored.num_bytes))
+    assert shared.read(stored, 1) == Store(uri).get(stored.key)
