@@ -165,8 +165,8 @@ class Coordinator:
             return False
         with self._lock:
             self._removed = removed
-            if removed.after in self._outcomes:
-                self._outcomes[removed.after]["warnings"] += removed.problems
+            told = self._outcomes.get(removed.after, {}).get("warnings", [])
+            told += [problem for problem in removed.problems if problem not in told]
         return True
 
     @property

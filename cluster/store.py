@@ -161,8 +161,8 @@ class Store:
         if failed:
             path, error = failed[0]
             what = f"cannot delete {path[len(self.root.rstrip('/')) + 1 :]!r} in {self.shown}"
-            if len(keys) > 1:
-                what += f", one of {len(failed)} that stay of {len(keys)}"
+            if len(failed) > 1:
+                what += ", among others"  # how many differs from time to time, and who is told remembers the text
             raise explain(error, what, self._backend().endpoint) from error
 
     def get_tagged(self, key: str, stop: int) -> tuple[bytes, str | None]:

@@ -210,14 +210,14 @@ def test_a_wish_whose_save_fails_in_passing_is_fulfilled_at_the_next_look(gate):
 def test_what_cannot_be_removed_after_any_save_is_told_once(gate, monkeypatch):
     gate.set()
 
-    def refuse(store, key):
-        raise StoreError(f"cannot delete {key!r}: no permission")
+    def refuse(store, keys):
+        raise StoreError(f"cannot delete {keys[0]!r}: no permission")
 
-    monkeypatch.setattr(Store, "delete", refuse)
+    monkeypatch.setattr(Store, "delete_many", refuse)
     saves, state, told, _ = started(every_steps=1, every_minutes=None, keep_last=1)
     for state.step in range(1, 6):
         saves.save_now(state)  # pyright: ignore[reportArgumentType]
-    assert sum("were not removed" in str(text) for text in told) == 1
+    assert sum("were not removed" in str(text) for text in told) == 1, told
     saves.close()
 
 
