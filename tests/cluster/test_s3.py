@@ -410,9 +410,7 @@ def test_what_a_removal_in_bulk_leaves_is_tried_again_where_it_may_pass_and_name
     assert store.list() == ["a", "c"], "as the first answer said that c was removed"
 
     answers.append(errors_of("AccessDenied", f"{root}/c"))
-    with pytest.raises(
-        StoreError, match=r"cannot delete 'c' in .*: these credentials may not"
-    ):
+    with pytest.raises(StoreError, match=r"cannot delete 'c' in .*: these credentials may not"):
         store.delete_many(["a", "c"])
 
 
