@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -163,9 +164,24 @@ def _context(preload: Sequence[str]) -> ForkServerContext:
 
 @contextlib.contextmanager
 def _helper_environment() -> Iterator[None]:
-    """What the fork server inherits if it starts now: passive OpenMP, one thread, and no Ctrl-C of the driver's."""
-    with kept_from_parts(), environment(thread_environment(1)):
+    """What processes that start now inherit: passive OpenMP, one thread, and no Ctrl-C of the driver's."""
+    with kept_from_parts(), environment(thread_environment(1)), _without_unreadable_main():
         yield
+
+
+@contextlib.contextmanager
+def _without_unreadable_main() -> Iterator[None]:
+    """Of a script from standard input, which no other process can read, the new process shall not import the file."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or os.path.exists(path):
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = path
 
 
 def _supervise(

@@ -7,6 +7,7 @@ as large as the machines then there allow. A group with a machine that answers n
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -235,4 +236,6 @@ class GroupSizing(ScalingPolicy):
     def _tell_of_waiting(self, num_workers: int, now_s: float) -> None:
         if now_s - self._told_s >= TELL_S:
             self._told_s = now_s
-            self._post.tell(f"waiting for machines: room for {num_workers} of at least {self._workers.least} workers")
+            text = f"waiting for machines: room for {num_workers} of at least {self._workers.least} workers"
+            self._post.tell(text)
+            self._post.send(json.dumps({"kind": "waiting", "text": text, "keep": True}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -142,7 +143,8 @@ def _launch(
     least, most = workers
     if on_event:
         on_event({"kind": "phase", "text": _starting(least, most, launcher, address)})
-    coordinator = Run(uri).coordinator(config)
+    run = Run(uri)
+    coordinator = run.coordinator(config)
     preload = ("instdisc.train.loop",)
     if most == 0 or launcher == "local":
         from cluster.worker import run_local
@@ -152,13 +154,20 @@ def _launch(
         )[0]
     from cluster.ray_trainer import run_on_ray
 
+    def take(event: dict[str, Any]) -> None:
+        if event.get("kind") == "waiting":
+            # In a thread: a storage that is away is tried for minutes.
+            threading.Thread(target=run.say_waiting, args=[event["text"]], name="say-waiting", daemon=True).start()
+        elif on_event is not None:
+            on_event(event)
+
     return run_on_ray(
         train_worker,
         WorkerRange(least=least, most=most, **asdict(config.elastic)),
         config.to_json(),
         uri,
         address=address,
-        on_event=on_event,
+        on_event=take,
         preload=preload,
         coordinator=coordinator,
     )

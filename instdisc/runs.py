@@ -7,6 +7,7 @@
     tensorboard/           events
     bad_images.jsonl       damaged images, with the reasons; only where there are any
     bad_test_images.jsonl  test images that are left out of kNN, with the reasons; only where there are any
+    waiting.json           what a driver last said while it waited for machines, and when
     results.json           written last: the run is finished
     neighbours.png         what it learned, to look at
 
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ INDEX = "dataset/index.parquet"
 DIGEST = "dataset/digest.json"
 RESULTS = "results.json"
 NEIGHBOURS = "neighbours.png"
+WAITING = "waiting.json"
 
 
 class RunError(ValueError):
@@ -194,6 +198,21 @@ class Run:
         with self._readable(RESULTS):
             document = json.loads(text)
             return RunResult(**{**document, "uri": self.uri, "metrics": read_curves(document["metrics"])})
+
+    def say_waiting(self, text: str) -> None:
+        """Write down that a driver waits for machines, for whoever asks how the run stands. Errors are ignored."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        with suppress(OSError):
+            self.store.put(WAITING, json.dumps({"text": text, "at": now, "host": socket.gethostname()}).encode())
+
+    def waiting(self) -> dict[str, str] | None:
+        """Return {"text", "at", "host"} as `say_waiting` wrote it last, None where no driver ever waited."""
+        text = self._read(WAITING)
+        if text is None:
+            return None
+        with self._readable(WAITING):
+            document = json.loads(text)
+            return {name: str(document[name]) for name in ("text", "at", "host")}
 
     def finish(self, result: RunResult) -> None:
         """Mark the run as finished."""

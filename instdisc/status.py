@@ -21,16 +21,21 @@ from instdisc.recipes import overrides_of
 from instdisc.runs import Run
 from instdisc.schedule import num_steps
 
+WAITING_S = 75.0
+"""Age up to which what a driver said of waiting for machines holds; it says it again every 30 s."""
+
 
 class State(StrEnum):
     """What a run is doing.
 
-    NEW: it was never trained. STARTING: held, and its newest attempt has not begun to train. TRAINING: held, by a
-    heartbeat that goes on. SILENT: held, by one that is old. UNCLEAR: held, by one from the future: clocks differ.
-    DIED: its holder was a process of this machine that has ended. STOPPED: its holder released it. FINISHED.
+    NEW: it was never trained. WAITING: its driver waits for machines. STARTING: held, and its newest attempt has not
+    begun to train. TRAINING: held, by a heartbeat that goes on. SILENT: held, by one that is old. UNCLEAR: held, by one
+    from the future: clocks differ. DIED: its holder was a process of this machine that has ended. STOPPED: its holder
+    released it. FINISHED.
     """
 
     NEW = "new"
+    WAITING = "waiting"
     STARTING = "starting"
     TRAINING = "training"
     SILENT = "silent"
@@ -59,7 +64,7 @@ class Beat:
 class Status:
     """How a run stands. steps: of the whole run, None before its images are known. saved: its newest checkpoint that
     can be read. checkpoints: how many are valid. problem: why it is not clear which ones are; "" where it is.
-    here: this machine, by whose clock `now` is.
+    here: this machine, by whose clock `now` is. waiting: for what its driver waits, in words; "" where it does not.
     """
 
     uri: str
@@ -75,6 +80,7 @@ class Status:
     problem: str
     now: datetime
     here: str
+    waiting: str = ""
 
     @property
     def step(self) -> int:
@@ -100,6 +106,8 @@ def status_of(run: Run, now: datetime | None = None) -> Status:
     saved = _newest(store, history, problems)
     starts = tuple(starts_of(attempts))
     state = state_of(beat, is_finished=result is not None, newest=history.newest, started=max(attempts, default=0))
+    waiting = "" if result else _waiting(run, starts, now)
+    state = State.WAITING if waiting else state
     curve = (result.metrics if result else {}).get("knn_top1")
     return Status(
         uri=run.uri,
@@ -115,6 +123,7 @@ def status_of(run: Run, now: datetime | None = None) -> Status:
         problem="; ".join(problems),
         now=now,
         here=socket.gethostname(),
+        waiting=waiting,
     )
 
 
@@ -187,6 +196,7 @@ def status_document(status: Status) -> dict[str, Any]:
         "num_checkpoints": status.num_checkpoints,
         "attempts": [asdict(start) for start in status.starts],
         **asdict(counts),
+        "waiting": status.waiting or None,
         "problem": status.problem or None,
         "command": train_command(status.config, status.uri, last_workers(status.starts)),
         "now": status.now.isoformat(timespec="seconds"),
@@ -206,6 +216,16 @@ def last_workers(starts: Sequence[Start]) -> str | None:
     if not numbers:
         return None
     return str(min(numbers)) if min(numbers) == max(numbers) else f"{min(numbers)}..{max(numbers)}"
+
+
+def _waiting(run: Run, starts: Sequence[Start], now: datetime) -> str:
+    """Return for what the driver waits, in words; "" where workers were started since, or it is not heard any more."""
+    said = run.waiting()
+    age_s = _age_s(said["at"], now) if said else None
+    started_s = _age_s(starts[-1].created, now) if starts else None
+    if said is None or age_s is None or age_s > WAITING_S or (started_s is not None and started_s < age_s):
+        return ""
+    return f"{said['text']} (on {said['host']})"
 
 
 def _beat(store: Store, now: datetime) -> Beat | None:

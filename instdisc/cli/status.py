@@ -65,6 +65,7 @@ def _verdict(status: Status) -> str:
     knn = f", kNN {status.knn_top1[1]:.1f} %" if status.knn_top1 else ""
     return {
         State.NEW: "not started: nothing was ever trained",
+        State.WAITING: status.waiting,
         State.STARTING: "starting: its workers are restoring",
         State.TRAINING: "training now",
         State.SILENT: f"probably not training: no heartbeat for more than {LEASE_S:.0f} s",
@@ -148,7 +149,7 @@ def _next_lines(status: Status) -> Iterator[str]:
         yield command_line("show", status.uri)
         yield command_line("knn", status.uri)
         yield board
-    elif status.state in (State.TRAINING, State.STARTING):
+    elif status.state in (State.TRAINING, State.STARTING, State.WAITING):
         yield board
         yield command_line("status", status.uri)
     else:

@@ -113,7 +113,8 @@ class World:
 
     def told(self) -> list[str]:
         self.sizing._post.flush(timeout_s=10)
-        return [json.loads(event)["text"] for event in ray.get(self.mailbox.take.remote())]
+        events = [json.loads(event) for event in ray.get(self.mailbox.take.remote())]
+        return [event["text"] for event in events if event["kind"] == "message"]
 
 
 def test_4096_calls_that_wait_hold_nobody_up_and_all_are_answered(mailbox):

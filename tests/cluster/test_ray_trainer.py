@@ -1,15 +1,18 @@
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import ray._private.utils
 
-from cluster.ray_session import RayClusterError, _reread_token, ray_session
+from cluster.ray_session import RayClusterError, _reread_token, _without_handlers, ray_session
 from cluster.ray_trainer import run_on_ray
 from cluster.ray_worker import interface_of
 
@@ -120,6 +123,23 @@ def test_a_malformed_address_is_refused_by_name(address):
     with pytest.raises(RayClusterError, match="not of the form host:port") as caught:
         run_on_ray(sum_ranks, 1, 0, address=address)
     assert repr(address) in str(caught.value)
+
+
+def test_ray_takes_no_signal_over_so_that_a_private_one_starts_in_any_thread():
+    before, errors = signal.getsignal(signal.SIGTERM), []
+
+    def start():
+        try:
+            ray._private.utils.set_sigterm_handler(print)  # what Ray's node and its driver do
+        except ValueError as error:
+            errors.append(error)
+
+    with _without_handlers():
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
+        ray._private.utils.set_sigterm_handler(print)
+    assert (errors, signal.getsignal(signal.SIGTERM)) == ([], before)
 
 
 def test_an_unused_port_is_refused_at_once():

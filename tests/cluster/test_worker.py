@@ -298,3 +298,12 @@ def test_workers_end_when_their_driver_is_killed(tmp_path):
         descendants = [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
         driver.kill()
         assert_gone([*pids, *descendants])
+
+
+def test_a_script_from_standard_input_starts_workers_of_functions_that_are_in_modules(tmp_path):
+    script = "import operator\nfrom cluster.worker import run_local\nprint(run_local(operator.attrgetter('rank'), 1))\n"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-"], input=script, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.returncode) == ("[0]\n", 0), done.stderr

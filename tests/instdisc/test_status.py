@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import instdisc
-from cluster.attempts import read_attempts, win_number
+from cluster.attempts import read_attempts, record_start, win_number
 from cluster.lease import KEY as HEARTBEAT
 from cluster.lease import read_heartbeat
 from cluster.manifest import encode_document
@@ -28,10 +28,11 @@ from cluster.store import Store
 from cluster.worker import Cause, Worker
 from instdisc.cli.main import main
 from instdisc.cli.overrides import parse_overrides
+from instdisc.cli.status import status_text
 from instdisc.launch import train_worker
 from instdisc.recipes import RECIPES, overrides_of, recipe
 from instdisc.runs import Run
-from instdisc.status import last_workers, status_of, train_command
+from instdisc.status import WAITING_S, last_workers, status_of, train_command
 
 STEPS = 12
 SMALL: dict[str, Any] = {
@@ -153,6 +154,22 @@ def test_a_run_that_was_asked_for_and_never_trained_says_how_to_start_it(tmp_pat
     assert main(shlex.split(f"{document['command']} --workers 0")[1:]) == 0
     capsys.readouterr()
     assert status(uri, capsys)[0]["state"] == "finished"
+
+
+def test_a_run_whose_driver_waits_for_machines_says_so_until_workers_start_or_it_is_not_heard_any_more(tmp_path):
+    run = Run(str(tmp_path / "run"))
+    run.agree_on_config(small())
+    assert status_of(run).state == "new"
+    run.say_waiting("waiting for machines: room for 2 of at least 8 workers")
+    status = status_of(run)
+    assert (status.state, status.beat) == ("waiting", None)
+    text = status_text(status)
+    assert "waiting for machines: room for 2 of at least 8 workers (on " in text
+    assert "not started" not in text
+    assert status_of(run, datetime.now(UTC) + timedelta(seconds=2 * WAITING_S)).state == "new"
+    time.sleep(1.1)  # the record of a start has whole seconds
+    record_start(run.checkpoints(), win_number(run.checkpoints()), None)
+    assert status_of(run).state != "waiting"
 
 
 def test_a_place_that_holds_no_run_is_refused_with_advice(tmp_path, capsys):
