@@ -32,7 +32,7 @@ from metadata_server import MetadataServer
 from ray_hosts import Host, Hosts
 from seaweed import Seaweed
 
-from cluster.attempts import read_history
+from cluster.attempts import attempt_numbers
 from cluster.checkpoint_reader import Checkpoint
 from cluster.inventory import take_stock
 from cluster.phase import VARIABLE, read_phase
@@ -298,7 +298,7 @@ class Chaos:
         for kept in chain:  # less than an epoch apart
             rows = kept.rows("bank_last_step")
             assert rows.tolist() == last_steps(len(rows), 0, 128, kept.step).tolist(), kept.step
-        attempts = len(read_history(store).attempts)
+        attempts = len(attempt_numbers(store))
         knn = result["metrics"]["knn_top1"][-1][1]
         return {"trial": self.trial, "steps": steps, "attempts": attempts, "checkpoints": len(chain), "knn": knn}
 
