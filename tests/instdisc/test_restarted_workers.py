@@ -15,7 +15,7 @@ import pytest
 from killing import assert_same_to_the_bit, finish
 from tiny_data import write_cifar10
 
-from cluster.attempts import read_attempts, read_history
+from cluster.attempts import read_attempts
 from cluster.phase import VARIABLE, read_phase
 from cluster.starts import starts_of
 from instdisc.runs import Run
@@ -81,7 +81,7 @@ def test_a_run_whose_workers_are_killed_goes_on_by_itself_and_ends_bit_for_bit_l
     assert driver.returncode == 0, said
     assert "died: going on from the newest checkpoint" in said
     assert "continuing from the checkpoint of step" in said, said
-    assert sorted(read_history(Run(str(run)).checkpoints()).attempts) == [1, 2]
+    assert sorted(read_attempts(Run(str(run)).checkpoints())) == [1, 2]
     starts = starts_of(read_attempts(Run(str(run)).checkpoints()))
     assert [(start.kind, start.workers) for start in starts] == [("start", 3), ("failure", 3)]
     assert "died" in starts[1].text
