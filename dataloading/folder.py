@@ -29,6 +29,7 @@ from dataloading.layout import Part
 from dataloading.listing import contents, existing_root, folders_in, list_files
 from dataloading.pixel_rules import PixelRules
 from dataloading.read_errors import advised
+from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 from dataloading.scanned import holds, scan_dataset
 from dataloading.split_folders import FolderChoice, choose_folder
 
@@ -111,7 +112,17 @@ def _listing(tree: _LocalTree, part: Part, choice: FolderChoice, max_rows: int |
     loose = [entry.name for entry in path.iterdir() if choice.base and _is_image(entry)]
     told = (*choice.notes, *notes.unused(sorted(loose), "images directly in the root"), *notes.left_out(left_out))
     source = f"folder {path} ({part.split})"
-    return file_index(source, files[:max_rows], sorted(classes), choice.is_literal, told), base
+    files, told = chosen_files(files, max_rows, part.rule, told)
+    return file_index(source, files, sorted(classes), choice.is_literal, told), base
+
+
+def chosen_files(
+    files: list[tuple[str, int]], max_rows: int | None, rule: int, told: tuple[notes.Note, ...]
+) -> tuple[list[tuple[str, int]], tuple[notes.Note, ...]]:
+    """Return the files of a sorted list that are taken, and what is told of them after `told`."""
+    spread = rule != FIRST_ROWS_RULE
+    rows = chosen_rows(len(files), max_rows, spread=spread).tolist()
+    return [files[row] for row in rows], (*told, *choice_notes(len(files), len(rows), spread=spread))
 
 
 class _LocalTree:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dataloading import notes
-from dataloading.folder import file_index
+from dataloading.folder import chosen_files, file_index
 from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, require_same
 from dataloading.labels import first_labelled
@@ -98,13 +98,13 @@ def list_objects(
     tree = NamedTree({key.rpartition("/")[0] for key, _ in everything})
     choices = choose_folder(tree, part, where=root)
     source = f"objects {root} ({part.split})"
-    index, prefix = first_labelled(choices, lambda choice: _listing(source, tree, sizes, choice, max_rows))
+    index, prefix = first_labelled(choices, lambda choice: _listing(source, tree, sizes, choice, max_rows, part.rule))
     assert index.num_bytes_N is not None
     return index, ObjectsReader(objects, prefix, Names.of(index.names), index.num_bytes_N)
 
 
 def _listing(
-    source: str, tree: NamedTree, sizes: list[tuple[str, int]], choice: FolderChoice, max_rows: int | None
+    source: str, tree: NamedTree, sizes: list[tuple[str, int]], choice: FolderChoice, max_rows: int | None, rule: int
 ) -> tuple[DatasetIndex, str]:
     left_out: Counter[str] = Counter()
     prefix = f"{choice.base}/" if choice.base else ""
@@ -118,7 +118,8 @@ def _listing(
         *notes.unused(loose, "images directly in the root"),
         *notes.left_out(left_out, "objects"),
     )
-    return file_index(source, sorted(files)[:max_rows], sorted(classes), choice.is_literal, told), prefix
+    files, told = chosen_files(sorted(files), max_rows, rule, told)
+    return file_index(source, files, sorted(classes), choice.is_literal, told), prefix
 
 
 def _open(read: ObjectsReader, row: int) -> BinaryIO:

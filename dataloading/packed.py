@@ -44,7 +44,7 @@ def open_packed(
 ) -> Dataset:
     """Return packed images. Arguments and errors as `dataloading.sources.open_dataset`."""
     manifest, source = open_manifest(root, part.split, storage)
-    manifest = manifest.first_rows(max_rows or manifest.index.num_rows).under(str(root), rules)
+    manifest = manifest.chosen(max_rows, part.rule).under(str(root), rules)
     require_same(str(root), index, manifest.index)
     reader = ShardReader(source, manifest.shard_N, manifest.offset_N, manifest.length_N, manifest.checksum_N)
     found = manifest.index

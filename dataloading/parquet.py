@@ -20,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from dataloading import notes
 from dataloading.headers import Progress
@@ -28,8 +29,9 @@ from dataloading.labels import Labels, first_labelled, no_labels
 from dataloading.layout import Part
 from dataloading.listing import existing_root, list_files
 from dataloading.parquet_labels import class_names, column_labels, label_column
-from dataloading.parquet_reader import ParquetReader
+from dataloading.parquet_reader import ParquetReader, RowsOf
 from dataloading.pixel_rules import PixelRules
+from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 from dataloading.scanned import holds, scan_dataset
 from dataloading.split_files import FilesChoice, choose_files
 
@@ -66,38 +68,54 @@ def open_parquet(
     index: DatasetIndex | None = None,
     on_progress: Progress | None = None,
     rules: PixelRules | None = None,
+    spread: bool = True,
 ) -> Dataset:
-    """Return the images of parquet files. Arguments and errors as `dataloading.sources.open_dataset`."""
-    files, listed, reader = _list(root, part, max_rows)
+    """Return the images of parquet files. Arguments and errors as `dataloading.sources.open_dataset`.
+
+    spread: whether `max_rows` takes rows of the whole list, where the layout rule does.
+    """
+    files, rows_R, listed, reader = _list(root, part, max_rows, spread)
     require_same(files.where, index, listed)
     if index is not None and holds(index, rules):
-        return Dataset(index.with_notes(listed.notes), None, reader)
-    dataset = _scan(files, listed, reader, on_progress, rules)
+        return Dataset(index.with_notes(listed.notes), None, _of_rows(reader, files, rows_R))
+    dataset = _scan(files, rows_R, listed, reader, on_progress, rules)
     require_same(files.where, index, dataset.index)
     return dataset
 
 
-def list_parquet(root: str | None, part: Part, *, max_rows: int | None = None) -> tuple[DatasetIndex, ParquetReader]:
+def list_parquet(
+    root: str | None, part: Part, *, max_rows: int | None = None, spread: bool = True
+) -> tuple[DatasetIndex, ParquetReader | RowsOf]:
     """Return the images of parquet files as far as footers and labels tell; the digest needs the images' bytes."""
-    return _list(root, part, max_rows)[1:]
+    files, rows_R, listed, reader = _list(root, part, max_rows, spread)
+    return listed, _of_rows(reader, files, rows_R)
 
 
-def _list(root: str | None, part: Part, max_rows: int | None) -> tuple[_Files, DatasetIndex, ParquetReader]:
+def _of_rows(reader: ParquetReader, files: _Files, rows_R: NDArray[np.int64]) -> ParquetReader | RowsOf:
+    return reader if len(rows_R) == files.num_rows else reader.subset(rows_R)
+
+
+def _list(
+    root: str | None, part: Part, max_rows: int | None, spread: bool
+) -> tuple[_Files, NDArray[np.int64], DatasetIndex, ParquetReader]:
     path, left_out = existing_root(root, "parquet", Path.exists), Counter[str]()
     found = [path.name]
     if path.is_dir():
         found = [name for name, _ in list_files(path, path, {".parquet"}, left_out=left_out)]
 
-    def list_one(choice: FilesChoice) -> tuple[DatasetIndex, _Files]:
-        files = _open_files(path, choice.names)
-        num_rows = files.num_rows if max_rows is None else min(max_rows, files.num_rows)
-        listed = _listing(f"parquet {path} ({part.split})", files, num_rows)
-        columns = notes.unused(files.unused, "columns" if len(files.unused) > 1 else "column")
-        told = (*choice.notes, *columns, *notes.left_out(left_out))
-        return replace(listed, notes=(*told, *listed.notes)), files
+    spread = spread and part.rule != FIRST_ROWS_RULE
 
-    listed, files = first_labelled(choose_files(found, part, where=str(path), what="parquet files"), list_one)
-    return files, listed, ParquetReader(files.paths, files.starts, files.image)
+    def list_one(choice: FilesChoice) -> tuple[DatasetIndex, tuple[_Files, NDArray[np.int64]]]:
+        files = _open_files(path, choice.names)
+        rows_R = chosen_rows(files.num_rows, max_rows, spread=spread)
+        listed = _listing(f"parquet {path} ({part.split})", files, rows_R)
+        columns = notes.unused(files.unused, "columns" if len(files.unused) > 1 else "column")
+        chosen = choice_notes(files.num_rows, len(rows_R), spread=spread)
+        told = (*choice.notes, *chosen, *columns, *notes.left_out(left_out))
+        return replace(listed, notes=(*told, *listed.notes)), (files, rows_R)
+
+    listed, (files, rows_R) = first_labelled(choose_files(found, part, where=str(path), what="parquet files"), list_one)
+    return files, rows_R, listed, ParquetReader(files.paths, files.starts, files.image)
 
 
 def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
@@ -161,12 +179,12 @@ def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _listing(source: str, files: _Files, num_rows: int) -> DatasetIndex:
-    """Return the index as far as footers and labels tell it: without looking at the images."""
-    labels = _labels(files, num_rows)
+def _listing(source: str, files: _Files, rows_R: NDArray[np.int64]) -> DatasetIndex:
+    """Return the index of some rows as far as footers and labels tell it: without looking at the images."""
+    labels, num_rows = _labels(files, rows_R), len(rows_R)
     return DatasetIndex(
         source=source,
-        names=Names.of(_row_names(files, num_rows)),
+        names=Names.of(_row_names(files, rows_R)),
         heights_N=np.zeros(num_rows, dtype=np.int32),
         widths_N=np.zeros(num_rows, dtype=np.int32),
         labels_N=labels.labels_N,
@@ -178,13 +196,13 @@ def _listing(source: str, files: _Files, num_rows: int) -> DatasetIndex:
     )
 
 
-def _row_names(files: _Files, num_rows: int) -> Iterator[str]:
-    for row in range(num_rows):
+def _row_names(files: _Files, rows_R: NDArray[np.int64]) -> Iterator[str]:
+    for row in rows_R.tolist():
         file = bisect_right(files.starts, row) - 1
         yield f"{files.names[file]}/{row - files.starts[file]}"
 
 
-def _labels(files: _Files, num_rows: int) -> Labels:
+def _labels(files: _Files, rows_R: NDArray[np.int64]) -> Labels:
     if files.label is None:
         return no_labels(f"{files.names[0]} has no column of labels")
     columns = [_read_column(path, files.label) for path in files.paths]
@@ -192,11 +210,16 @@ def _labels(files: _Files, num_rows: int) -> Labels:
     if len(kinds) > 1 and not all(map(pa.types.is_integer, kinds)):
         return no_labels(f"column {files.label} holds {' in one file, '.join(map(str, kinds))} in another")
     kind = kinds[0] if len(kinds) == 1 else pa.int64()
-    column = pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)[:num_rows]
-    if len(column) < num_rows:
-        raise DatasetError(f"{files.where}, column {files.label}: found {len(column):,} labels of {num_rows:,} rows")
+    column = pa.chunked_array([chunk for column in columns for chunk in column.cast(kind).chunks], kind)
+    if len(column) < files.num_rows:
+        raise DatasetError(
+            f"{files.where}, column {files.label}: found {len(column):,} labels of {files.num_rows:,} rows"
+        )
+    if len(rows_R) < files.num_rows:
+        column = column.take(pa.array(rows_R))
 
-    def place(row: int) -> str:
+    def place(chosen: int) -> str:
+        row = int(rows_R[chosen])
         file = bisect_right(files.starts, row) - 1
         return f"{files.names[file]}, row {row - files.starts[file]}"
 
@@ -214,6 +237,7 @@ def _read_column(path: Path, name: str) -> pa.ChunkedArray:
 
 def _scan(
     files: _Files,
+    rows_R: NDArray[np.int64],
     listed: DatasetIndex,
     reader: ParquetReader,
     on_progress: Progress | None,
@@ -223,7 +247,10 @@ def _scan(
     sizes: list[int] = []
 
     def chunks() -> Iterator[list[bytes | ValueError]]:
-        for images in reader.batches(listed.num_rows, _CHUNK):
+        first = 0
+        for batch in reader.batches(int(rows_R[-1]) + 1, _CHUNK):
+            here = rows_R[slice(*np.searchsorted(rows_R, (first, first + len(batch))))] - first
+            images, first = [batch[place] for place in here.tolist()], first + len(batch)
             for image in images:
                 encoded = image if isinstance(image, bytes) else b""
                 sizes.append(len(encoded))
@@ -231,7 +258,13 @@ def _scan(
             yield images
 
     dataset = scan_dataset(
-        listed, reader, chunks(), _open_bytes, where=files.where, on_progress=on_progress, rules=rules
+        listed,
+        _of_rows(reader, files, rows_R),
+        chunks(),
+        _open_bytes,
+        where=files.where,
+        on_progress=on_progress,
+        rules=rules,
     )
     num_bytes_N = np.array(sizes, dtype=np.int64)
     digest = list_digest(Names.of(listed.names), num_bytes_N, content.digest())

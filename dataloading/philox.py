@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     WINDOW = 14
     PLACEMENT = 15
     NEGATIVES_OF_EACH = 16
+    ROW_CHOICE = 17
 
 
 def philox4x32(counters_N4: NDArray[np.uint32], key: int) -> NDArray[np.uint32]:

@@ -36,6 +36,7 @@ from dataloading.index import (
 from dataloading.manifest_checks import check_places, check_shard, check_values, column_digest
 from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
+from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 
 MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
 REPORTS = ".parts"
@@ -112,12 +113,20 @@ class ShardManifest:
         buffers = [None, pa.py_buffer(np.ascontiguousarray(self.checksum_N))]
         return pa.FixedSizeBinaryArray.from_buffers(pa.binary(CHECKSUM_BYTES), len(self.checksum_N), buffers)
 
-    def first_rows(self, num_rows: int) -> ShardManifest:
-        """Return the manifest of the first rows alone. Their digest is that of the source's first rows."""
-        if num_rows >= self.index.num_rows:
+    def chosen(self, max_rows: int | None, rule: int) -> ShardManifest:
+        """Return the manifest of some rows alone, the same ones, with the same digest, as of the source.
+
+        rule: of the layout, `dataloading.layout.Part`.
+        """
+        index, num_rows = self.index, self.index.num_rows
+        # CIFAR and the demo, which their sources hold decoded, are in random order.
+        spread = rule != FIRST_ROWS_RULE and self.digest_of != "pixels"
+        kept = chosen_rows(num_rows, max_rows, spread=spread)
+        if len(kept) == num_rows:
             return self
-        kept, index = slice(num_rows), self.index
-        names = Names.of(index.names)[kept]
+        names = Names(Names.of(index.names).array.take(pa.array(kept)))
+        new_N = np.full(num_rows, -1, dtype=np.int64)
+        new_N[kept] = np.arange(len(kept))
         assert index.num_bytes_N is not None
         content = b""
         if self.digest_of == "checksums":
@@ -134,17 +143,17 @@ class ShardManifest:
                 class_names=index.class_names,
                 bad_N=index.bad_N[kept],
                 digest=list_digest(names, index.num_bytes_N[kept], content),
-                reasons={row: reason for row, reason in index.reasons.items() if row < num_rows},
+                reasons={int(new_N[row]): reason for row, reason in index.reasons.items() if new_N[row] >= 0},
                 num_bytes_N=index.num_bytes_N[kept],
                 rules=index.rules,
-                notes=index.notes,
+                notes=(*index.notes, *choice_notes(num_rows, len(kept), spread=spread)),
             ),
             shards=tuple(Shard(s.name, s.num_bytes, num, s.pieces) for s, num in zip(self.shards, rows_S, strict=True)),
             shard_N=self.shard_N[kept],
             offset_N=self.offset_N[kept],
             length_N=self.length_N[kept],
             checksum_N=self.checksum_N[kept],
-            row_of_place_N=None if places is None else places[places < num_rows],
+            row_of_place_N=None if places is None else new_N[places][new_N[places] >= 0],
             digest_of=self.digest_of,
             fingerprint=self.fingerprint,
             depending=self.depending,

@@ -63,8 +63,9 @@ def open_dataset(
     kind: one of `SOURCE_KINDS`; "auto" finds out what `root` is, the two CIFAR kinds are also read from the parquet
     files in which hubs hold them. root: the data root, a folder or a URI that `storage` opens; None only for the demo
     images. split: "train", "test" or another name, config: a configuration, layout_rule: as `dataloading.layout.Part`
-    has them. max_rows: take only the first rows. index: a saved index; the images' headers are not read again, and
-    DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are looked at.
+    has them. max_rows: take only so many (`dataloading.row_choice`). index: a saved index; the images' headers are not
+    read again, and DatasetChanged is raised where it does not fit. on_progress(done, total): called while images are
+    looked at.
     download: fetch CIFAR where `root` is missing or empty. storage: how URIs are reached. rules: how pixels are made of
     the images' bytes; None: as a saved index or packed images state, else the present ones.
 
@@ -83,7 +84,7 @@ def open_dataset(
     if kind == "folder":
         return open_folder(root, part, **seen)
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
-        return open_parquet(root, part, **seen)
+        return open_parquet(root, part, **seen, spread=kind not in KINDS)
     if kind == "demo":
         dataset = _open_demo(_of_two(part, "demo"), max_rows, index, None if storage is None else storage.cache)
     else:
@@ -111,7 +112,7 @@ def list_images(
     kind, root, part = *_resolve(kind, root, max_rows, storage), Part(split, config, layout_rule)
     if kind == "packed":
         manifest, source = open_manifest(root, split, storage)
-        manifest = manifest.first_rows(max_rows or manifest.index.num_rows)
+        manifest = manifest.chosen(max_rows, part.rule)
         places = manifest.shard_N, manifest.offset_N, manifest.length_N
         read = ShardReader(source, *places, manifest.checksum_N, compares=True)
         return SourceImages(manifest.index, read, manifest.digest_of)
@@ -122,7 +123,7 @@ def list_images(
     if kind == "folder":
         return SourceImages(*list_folder(root, part, max_rows=max_rows), "list")
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
-        return SourceImages(*list_parquet(root, part, max_rows=max_rows), "checksums")
+        return SourceImages(*list_parquet(root, part, max_rows=max_rows, spread=kind not in KINDS), "checksums")
     dataset = open_dataset(kind, root, split, config=config, max_rows=max_rows, download=download)
     assert dataset.pixels_NHWC is not None
     return SourceImages(dataset.index, PixelsReader(dataset.pixels_NHWC), "pixels")

@@ -26,6 +26,7 @@ from dataloading.layout import KIND_OF_WORD, Part
 from dataloading.listing import existing_root, list_files, list_keys
 from dataloading.packed import require_storage, require_whole
 from dataloading.pixel_rules import PixelRules
+from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 from dataloading.scanned import holds, scan_dataset
 from dataloading.shard_reader import LocalShards, RemoteShards, ShardReader, in_pieces
 from dataloading.shards import Shard, fingerprint_of
@@ -97,8 +98,18 @@ def list_webdataset(
     def list_one(choice: FilesChoice) -> tuple[DatasetIndex, ShardReader]:
         shards = [Shard(name, size_of[name], 0, ()) for name in choice.names]
         source = source_of(shards)
-        samples = _samples(where, source, shards, max_rows, keep_hidden=part.rule == 1)
-        told = (*choice.notes, *notes.left_out(left_out), *notes.left_out(samples.left_out, "members of the tars"))
+        spread = part.rule != FIRST_ROWS_RULE
+        # The first rows need the first tars alone.
+        samples = _samples(where, source, shards, None if spread else max_rows, keep_hidden=part.rule == 1)
+        found = samples.images
+        samples.images = [found[row] for row in chosen_rows(len(found), max_rows, spread=spread).tolist()]
+        chosen = choice_notes(len(found), len(samples.images), spread=spread)
+        told = (
+            *choice.notes,
+            *chosen,
+            *notes.left_out(left_out),
+            *notes.left_out(samples.left_out, "members of the tars"),
+        )
         listed = _index(f"webdataset {where} ({part.split})", samples, shards)
         return replace(listed, notes=(*told, *listed.notes)), _reader(source, samples.images)
 

@@ -57,9 +57,10 @@ class DataConfig:
     """Version of the rule by which splits, configurations and classes are found (dataloading/README.md). A run keeps
     that of its start."""
     max_rows: int | None = None
-    """Train on the first so many images only."""
+    """Train on so many images only, spread over the list (of CIFAR's files and the demo, and by layout rule 1, on the
+    first)."""
     max_test_rows: int | None = None
-    """Query with the first so many test images only."""
+    """Query with so many test images only, chosen in the same way."""
     backend: str = "auto"
     """"auto": batched torch for small images; for encoded ones DALI on a GPU and nvImageCodec, DALI's decoders, on a
     CPU. "dali", "nvimgcodec" or "torch" (torchvision reference) choose."""

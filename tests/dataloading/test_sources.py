@@ -378,9 +378,9 @@ def test_the_parquet_reader_keeps_no_more_bytes_than_allowed(parquet):
     assert len(reader._kept) == 1
 
 
-def test_max_rows_takes_the_first_rows_of_parquet(parquet):
+def test_by_the_older_rule_max_rows_takes_the_first_rows_of_parquet(parquet):
     root, images = parquet
-    dataset = open_dataset("parquet", str(root), "train", max_rows=8)
+    dataset = open_dataset("parquet", str(root), "train", max_rows=8, layout_rule=1)
     assert dataset.index.num_rows == 8
     assert dataset.read is not None
     assert dataset.read(7) == images[7]
