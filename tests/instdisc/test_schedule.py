@@ -36,6 +36,11 @@ def test_steps_are_counted_in_the_epochs_as_they_are_typed(epochs, num_rows, bat
     assert num_steps(OptimConfig(epochs=float(epochs), global_batch=batch), num_rows) == max(1, expected)
 
 
+@given(steps=st.integers(1, 5000), num_rows=st.integers(2, 2000), batch=st.integers(2, 300))
+def test_epochs_that_were_computed_from_steps_are_so_many_steps(steps, num_rows, batch):
+    assert num_steps(OptimConfig(epochs=steps * batch / num_rows, global_batch=batch), num_rows) == steps
+
+
 def test_a_run_of_an_older_version_keeps_its_number_of_steps_and_its_checkpoints():
     config = instdisc.recipe("quickstart", **{"optim.epochs": 16.1, "optim.global_batch": 100})
     assert num_steps(config.optim, 1000) == 161
