@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dataloading import notes
 from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
-from dataloading.labels import first_labelled, folder_labels
+from dataloading.labels import apart, first_labelled, folder_labels
 from dataloading.layout import Part
 from dataloading.listing import contents, existing_root, folders_in, list_files
 from dataloading.pixel_rules import PixelRules
@@ -105,15 +105,14 @@ def _listing(tree: _LocalTree, part: Part, choice: FolderChoice, max_rows: int |
             f"{', '.join(sorted(EXTENSIONS))}, directly or in one folder per class"
         )
     # Of all splits, so that a class has one number in all of them; only of images, as where there are no folders.
-    classes = {name.split("/", 1)[0] for name, _ in files if "/" in name}
-    for other in choice.others:
-        folders = (folder for folder in folders_in(path / other) if folder not in classes)
-        classes.update(folder for folder in folders if tree.holds_images_below(f"{other}/{folder}"))
-    loose = [entry.name for entry in path.iterdir() if choice.base and _is_image(entry)]
-    told = (*choice.notes, *notes.unused(sorted(loose), "images directly in the root"), *notes.left_out(left_out))
+    own = {name.split("/", 1)[0] for name, _ in files if "/" in name}
+    others = {(other, folder) for other in choice.others for folder in folders_in(path / other)}
+    others = {name for at, name in others if name in own or tree.holds_images_below(f"{at}/{name}")}
+    loose = sorted(entry.name for entry in path.iterdir() if choice.base and _is_image(entry))
+    told = (*choice.notes, *notes.loose(loose), *notes.left_out(left_out), *apart(own, others))
     source = f"folder {path} ({part.split})"
     files, told = chosen_files(files, max_rows, part.rule, told)
-    return file_index(source, files, sorted(classes), choice.is_literal, told), base
+    return file_index(source, files, sorted(own | others), choice.is_literal, told), base
 
 
 def chosen_files(

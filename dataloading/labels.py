@@ -6,7 +6,7 @@ Shapes: N images.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -95,7 +95,13 @@ def folder_labels(
         more = f" ({len(stray):,} such images of {len(names):,})" if len(stray) > 1 else ""
         return None, (Note(LABELS, f"no labels: {stray[0]} is in no class folder{more}", len(stray)),)
     if len(classes) == 1:
-        return None, (Note(LABELS, f"no labels: all images are in one folder, {classes[0]}; classes need two"),)
+        is_deeper = len({name.rpartition("/")[0] for name in names}) > 1
+        advice = ". If folders below it are the classes, name the one that holds them as the data root"
+        return None, (
+            Note(
+                LABELS, f"no labels: all images are in one folder, {classes[0]}; classes need two{advice * is_deeper}"
+            ),
+        )
     if not dates_are_classes and all(map(is_date, classes)):
         text = (
             f"no labels: the folders {some(classes)} are named by time, not by what they show; as classes: "
@@ -104,3 +110,13 @@ def folder_labels(
         return None, (Note(LABELS, text, len(classes)),)
     number = {name: label for label, name in enumerate(classes)}
     return np.array([number[name.partition("/")[0]] for name in names], dtype=np.int64), ()
+
+
+def apart(own: Collection[str], others: Collection[str]) -> tuple[Note, ...]:
+    """Return the note that no class of a split is one of another split, where both have some."""
+    if not own or not others or set(own) & set(others):
+        return ()
+    shown = f"{some(sorted(own)[:3])} here; {some(sorted(others)[:3])} there"
+    return (
+        Note(LABELS, f"no class is the same as in another split ({shown}), so kNN finds none; are they spelt alike?"),
+    )

@@ -15,15 +15,18 @@ RULE = 2
 SPLITS = ("train", "test")
 """The splits that are looked for where nobody names one."""
 WORDS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation"),
-    "val": ("val", "valid", "validation", "dev"),
+    "train": ("train", "training", "trainval"),
+    "test": ("test", "testing", "eval", "evaluate", "evaluation"),
+    "val": ("val", "valid", "validate", "validation", "dev"),
 }
 KIND_OF_WORD = {word: kind for kind, words in WORDS.items() for word in words}
 _ASKED = {"train": ("train",), "test": ("test", "val"), "val": ("val",)}
 _DATE = re.compile(r"(19|20)\d\d([-_. ]?(0[1-9]|1[0-2])([-_. ]?([0-2]\d|3[01]))?)?")
 _YEAR = re.compile(r"(?<!\d)(?:19|20)\d\d(?!\d)")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_OF = re.compile(r"(?<!\d)(\d+)[-_. ]?of[-_. ]?(\d+)(?!\d)", re.IGNORECASE)
+_COMPOUND = re.compile(rf"({'|'.join(KIND_OF_WORD)})(?:sets?|data|images?|imgs?|splits?)", re.IGNORECASE)
+"""trainset, testdata: a word grown together with what says that it is a set."""
 _NUMBERING = re.compile(r"(of|part|shard|chunk|file|[a-uw-z])?\d*|(?=[a-f]*\d)[0-9a-f]{8,}")
 """Parts of a file's name that count the files of one set or tell them apart, without naming another set."""
 
@@ -84,10 +87,27 @@ def split_kind(name: str) -> str | None:
     return KIND_OF_WORD.get(name.lower())
 
 
+def numbered_kind(name: str) -> str | None:
+    """Return the kind of split that a name says with nothing but numbers beside: test1, val_256; None for others."""
+    words = [word for piece in pieces(name) for word in _words(piece)]
+    return KIND_OF_WORD.get(words[0].lower()) if len(words) == 1 else None
+
+
+def place_among(stem: str) -> tuple[int, int] | None:
+    """Return the number of a file and how many there are, where its name says both: train-00001-of-00004."""
+    found = _OF.findall(stem)
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
 def kinds_in(name: str) -> frozenset[str]:
     """Return the kinds of splits of which a word stands in a name: imagenet-val-000000, train2017, TrainImages."""
     kinds = (KIND_OF_WORD.get(word.lower()) for piece in pieces(name) for word in _words(piece))
     return frozenset(kind for kind in kinds if kind)
+
+
+def without_place(stem: str) -> str:
+    """Return a file's name without what `place_among` finds in it."""
+    return _OF.sub("-", stem)
 
 
 def pieces(name: str) -> list[str]:
@@ -97,12 +117,19 @@ def pieces(name: str) -> list[str]:
 
 def _words(piece: str) -> list[str]:
     """Return the words of a piece: digits end a word, and so does a capital after a small letter."""
-    return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+", piece)
+    found = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+", piece)
+    return [compound[1] if (compound := _COMPOUND.fullmatch(word)) else word for word in found]
+
+
+def begins_like(name: str) -> str | None:
+    """Return the kind of split with whose word a name begins, whatever follows: Trainingsdaten, traindir, valley."""
+    lower = name.lower()
+    return next((kind for word, kind in KIND_OF_WORD.items() if lower.startswith(word)), None)
 
 
 def set_words(stem: str) -> tuple[str, ...]:
     """Return what a file's name says of the set that it belongs to: without splits and the numbers of files."""
-    found = pieces(_UUID.sub("-", stem))
+    found = pieces(without_place(_UUID.sub("-", stem)))
     return tuple(p.lower() for p in found if not _NUMBERING.fullmatch(p.lower()) and not kinds_in(p))
 
 

@@ -60,6 +60,11 @@ def unused(names: Sequence[str], what: str) -> tuple[Note, ...]:
     return (Note(UNUSED, f"{len(names):,} {what} not used: {some(names)}", len(names)),)
 
 
+def loose(names: Sequence[str]) -> tuple[Note, ...]:
+    """Return the note on images in the root itself, where splits are folders."""
+    return unused(names, "images directly in the root" if len(names) > 1 else "image directly in the root")
+
+
 def some(names: Sequence[str]) -> str:
     """Return a few names for a message."""
     return (", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")) or "nothing"

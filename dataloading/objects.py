@@ -17,7 +17,7 @@ from dataloading import notes
 from dataloading.folder import chosen_files, file_index
 from dataloading.headers import EXTENSIONS, Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, require_same
-from dataloading.labels import first_labelled
+from dataloading.labels import apart, first_labelled
 from dataloading.layout import Part
 from dataloading.listing import list_keys
 from dataloading.packed import require_storage
@@ -110,16 +110,17 @@ def _listing(
     prefix = f"{choice.base}/" if choice.base else ""
     below = [(key.removeprefix(prefix), size) for key, size in sizes if key.startswith(prefix)]
     files = list_keys(below, EXTENSIONS, left_out)
-    classes = {name.partition("/")[0] for name, _ in files if "/" in name}
-    classes.update(folder for other in choice.others for folder in tree.folders(other))
+    own = {name.partition("/")[0] for name, _ in files if "/" in name}
+    others = {folder for other in choice.others for folder in tree.folders(other)}
     loose = [key for key, _ in list_keys(sizes, EXTENSIONS, Counter()) if "/" not in key] if prefix else []
     told = (
         *choice.notes,
-        *notes.unused(loose, "images directly in the root"),
+        *notes.loose(loose),
         *notes.left_out(left_out, "objects"),
+        *apart(own, others),
     )
     files, told = chosen_files(sorted(files), max_rows, rule, told)
-    return file_index(source, files, sorted(classes), choice.is_literal, told), prefix
+    return file_index(source, files, sorted(own | others), choice.is_literal, told), prefix
 
 
 def _open(read: ObjectsReader, row: int) -> BinaryIO:

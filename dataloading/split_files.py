@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dataloading import layout_before
 from dataloading.index import NoSplit
-from dataloading.layout import CONFIG_OPTION, AmbiguousLayout, Part, kinds_in, pieces, set_words, split_kind, years_in
-from dataloading.notes import TAKEN, Note, some, unused
+from dataloading.layout import (
+    CONFIG_OPTION,
+    AmbiguousLayout,
+    Part,
+    kinds_in,
+    pieces,
+    place_among,
+    set_words,
+    split_kind,
+    without_place,
+    years_in,
+)
+from dataloading.notes import LEFT_OUT, TAKEN, Note, some, unused
+
+_ENDINGS = re.compile(r"(\.(snappy|gz|gzip|zstd|zst|lz4|brotli|br))?\.(tar|parquet)$", re.IGNORECASE)
+_HASH = re.compile(r"(?=[a-f]*\d)[0-9a-f]{8,}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,9 @@ def _kinds(name: str) -> frozenset[str]:
 
 
 def _parts(name: str) -> list[str]:
-    """Return the folders of a path and the file's name up to its first dot."""
+    """Return the folders of a path and the file's name without its endings (`.tar`, `.snappy.parquet`)."""
     *folders, last = name.split("/")
-    return [*folders, last.partition(".")[0]]
+    return [*folders, _ENDINGS.sub("", last)]
 
 
 def _all_pieces(name: str) -> list[str]:
@@ -99,12 +114,15 @@ def _holds_run(words: list[str], run: list[str]) -> bool:
 def _choice(names: list[str], found: list[str], part: Part, where: str, what: str) -> FilesChoice:
     if part.rule == 1:
         return FilesChoice(tuple(found), ())
-    kept = found if part.config == "." or part.path == "" else _of_config(found, part, where, what)
+    everything = part.config == "." or part.path == ""
+    kept = found if everything else _of_config(found, part, where, what)
+    about = () if everything else _require_one_numbering(kept, part, where, what)
     left = sorted(set(names) - set(kept))
     shown = f"{kept[0]} to {kept[-1]}" if len(kept) > 1 else kept[0]
     singular = what if len(kept) > 1 else what.removesuffix("s")
     taken = Note(TAKEN, f"{part.split} is {len(kept):,} {singular}: {shown}", len(kept))
-    return FilesChoice(tuple(kept), (taken, *unused(left, what if len(left) > 1 else what.removesuffix("s"))))
+    rest = unused(left, what if len(left) > 1 else what.removesuffix("s"))
+    return FilesChoice(tuple(kept), (taken, *rest, *about))
 
 
 def _of_config(found: list[str], part: Part, where: str, what: str) -> list[str]:
@@ -128,6 +146,37 @@ def _of_config(found: list[str], part: Part, where: str, what: str) -> list[str]
             f'Name one, or "." for all together: {CONFIG_OPTION}'
         )
     return found
+
+
+def _require_one_numbering(kept: list[str], part: Part, where: str, what: str) -> tuple[Note, ...]:
+    """Return a note on files that are missing by the numbers in the names (train-00001-of-00004).
+
+    Raises AmbiguousLayout where one set is there twice, in other numbers of files.
+    """
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for name in kept:
+        *folders, stem = _parts(name)
+        words = (word for word in pieces(without_place(stem)) if not _HASH.fullmatch(word))
+        sets.setdefault((*folders, *words), []).append(name)
+    missing, shown = 0, ""
+    for files in sets.values():
+        places = [place_among(_parts(name)[-1]) for name in files]
+        totals = {place and place[1] for place in places}
+        if totals == {None}:
+            continue
+        if len(totals) > 1 or len(set(places)) < len(places):
+            raise AmbiguousLayout(
+                f"{where}: found {what} of one name that are numbered in more than one way: {some(files)}; they may "
+                "hold the same images twice. Remove those that are old, or name one file, or several by a pattern "
+                f"such as '*-of-00002*': {part.option}"
+            )
+        (total,) = totals
+        if total is not None and (left := total - len(files)) > 0:
+            missing, shown = missing + left, shown or f"{len(files):,} of {total:,} such as {files[0]}"
+    if not missing:
+        return ()
+    singular = what if missing > 1 else what.removesuffix("s")
+    return (Note(LEFT_OUT, f"{missing:,} {singular} missing by the numbers in the names: found {shown}", missing),)
 
 
 def _config(name: str, with_years: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Protocol
 
 from dataloading import layout_before
 from dataloading.index import NoSplit
-from dataloading.layout import CONFIG_OPTION, AmbiguousLayout, Part, kinds_in, split_kind
+from dataloading.layout import CONFIG_OPTION, AmbiguousLayout, Part, begins_like, kinds_in, numbered_kind, split_kind
 from dataloading.notes import TAKEN, Note, some, unused
 
 _MAX_DEPTH = 6
@@ -104,17 +105,19 @@ def choose_folder(tree: Tree, part: Part, *, where: str) -> list[FolderChoice]:
     if level is None:
         if part.kinds != ("train",):
             raise _no_split(tree, part, where)
+        _require_no_likeness(tree, where)
         return [FolderChoice("", notes=(Note(TAKEN, f"{part.split} is all that is there: no folder is a split"),))]
-    found = [named] if named else _of_kinds(level, part, where)
+    found = [named] if named else _of_kinds(tree, level, part, where)
     if not found:
         raise _no_split(tree, part, where)
     return [_choice(tree, level, name, part) for name in found]
 
 
-def _of_kinds(level: _Level, part: Part, where: str) -> list[str]:
+def _of_kinds(tree: Tree, level: _Level, part: Part, where: str) -> list[str]:
     found = []
     for kind in part.kinds:
         names = [name for name in level.kind_of if level.kind_of[name] == kind]
+        names = [name for name in names if tree.holds_images_below(join(level.at, name))] or names
         spelt = [name for name in names if name == part.split] or [n for n in names if n.lower() == part.split.lower()]
         if len(spelt or names) > 1:
             raise AmbiguousLayout(
@@ -122,16 +125,50 @@ def _of_kinds(level: _Level, part: Part, where: str) -> list[str]:
                 f"expected one. Name it: {part.option}"
             )
         found += spelt or names
-    return found
+    return [name for name in found if tree.holds_images_below(join(level.at, name))] or found
 
 
 def _choice(tree: Tree, level: _Level, name: str, part: Part) -> FolderChoice:
-    base = join(level.at, name)
-    others = tuple(join(level.at, other) for other in level.kind_of if other != name)
+    base = _unwrapped(tree, join(level.at, name))
+    others = tuple(_unwrapped(tree, join(level.at, other)) for other in level.kind_of if other != name)
     beside = [join(level.at, other) for other in level.beside if other not in (name, *level.kind_of)]
-    beside = [path for path in beside if tree.holds_images_below(path)]
+    beside = [path for path in (*_beside_path(tree, level.at), *beside) if tree.holds_images_below(path)]
     taken = Note(TAKEN, f"{part.split} is the folder {base}" + (f"; other splits: {some(others)}" if others else ""))
     return FolderChoice(base, others, (taken, *unused(beside, "folders" if len(beside) > 1 else "folder")))
+
+
+def _unwrapped(tree: Tree, base: str) -> str:
+    """Return a split's folder, or the one of the same split that holds all that is in it, as archives unpack."""
+    while not tree.holds_images(base):
+        inner = [name for name in tree.folders(base) if tree.holds_images_below(join(base, name))]
+        kinds = kinds_in(base.rpartition("/")[2])
+        if len(inner) != 1 or not kinds or kinds_in(inner[0]) != kinds:
+            break
+        base = join(base, inner[0])
+    return base
+
+
+def _beside_path(tree: Tree, at: str) -> list[str]:
+    """Return the folders that lie beside those on the way from the root to a place."""
+    found, above = [], ""
+    for name in at.split("/") if at else ():
+        found += [join(above, other) for other in tree.folders(above) if other != name]
+        above = join(above, name)
+    return found
+
+
+def _require_no_likeness(tree: Tree, where: str) -> None:
+    """Raise AmbiguousLayout where all folders begin with words of splits and none is one: Testdaten, traindir."""
+    at, names = "", tree.folders("")
+    while len(names) == 1 and not tree.holds_images(at):
+        at, names = join(at, names[0]), tree.folders(join(at, names[0]))
+    names = [name for name in names if tree.holds_images_below(join(at, name))]
+    kinds = [begins_like(name) for name in names]
+    if None not in kinds and len(set(kinds)) > 1:
+        raise AmbiguousLayout(
+            f"{join(where, at)}: found the folders {some(names)}, whose names begin like those of splits: splits, or "
+            f"classes? {_either(names[_first_train(kinds)])}"
+        )
 
 
 def _literal(tree: Tree, part: Part, where: str) -> FolderChoice:
@@ -199,7 +236,7 @@ def _below(tree: Tree, part: Part) -> list[tuple[_Level, str]]:
     # A class may hold a folder called train; two splits side by side, or nothing but splits, are no chance.
     several = [item for item in found if len(set(item[0].kind_of.values())) > 1]
     if several:
-        return several
+        return [item for item in found if item in several or any(map(split_kind, item[0].kind_of))]
     splits = tuple(f"{join(level.at, name)}/" for level, _ in found for name in level.kind_of)
     return found if all(f"{path}/".startswith(splits) for path in known.image_folders()) else []
 
@@ -207,9 +244,11 @@ def _below(tree: Tree, part: Part) -> list[tuple[_Level, str]]:
 def _splits_at(tree: Tree, at: str) -> _Level | None:
     """Return what the folders in `at` say of splits; None where they say nothing."""
     here = tree.folders(at)
-    whole = {name: kind for name in here if (kind := split_kind(name))}
+    whole = {name: kind for name in here if (kind := numbered_kind(name))}
     kinds = {name: kinds_in(name) for name in here}
-    plain = [name for name in here if not kinds[name]]
+    plain = [name for name in here if not kinds[name] and tree.holds_images_below(join(at, name))]
+    if plain:  # then a folder called eval that holds no images is no sign of splits
+        whole = {name: whole[name] for name in whole if tree.holds_images_below(join(at, name))}
     if whole:
         beside = [name for name in here if name not in whole]
         doubt = ""
@@ -221,16 +260,26 @@ def _splits_at(tree: Tree, at: str) -> _Level | None:
             )
         return _Level(at, whole, beside, doubt)
     said = {name: next(iter(found)) for name, found in kinds.items() if len(found) == 1}
-    holding = [name for name in plain if tree.holds_images_below(join(at, name))]
-    if not said or (holding and len(set(said.values())) == 1):
+    said = {name: said[name] for name in said if tree.holds_images_below(join(at, name))}
+    if not said or (plain and len(set(said.values())) == 1):
         return None
     doubt = ""
-    if holding:
+    if plain:
         doubt = (
-            f"found the folders {some(list(said))}, named like splits, beside {some(holding)}: splits, or classes? "
-            f'Classes: --data.train_split "." ; splits: --data.train_split {next(iter(said))} and so on'
+            f"found the folders {some(list(said))}, named like splits, beside {some(plain)}: splits, or classes? "
+            + _either(list(said)[_first_train(list(said.values()))])
         )
     return _Level(at, said, [name for name in here if name not in said], doubt)
+
+
+def _first_train(kinds: Sequence[str | None]) -> int:
+    return kinds.index("train") if "train" in kinds else 0
+
+
+def _either(split: str) -> str:
+    """Return the options that decide whether folders are splits or classes."""
+    name = split if re.fullmatch(r"[\w.-]+", split) else f'"{split}"'
+    return f'Classes: --data.train_split "." ; splits: --data.train_split {name}, and --data.test_split for the other'
 
 
 def _choice_before(tree: Tree, part: Part, where: str) -> FolderChoice:
@@ -243,8 +292,9 @@ def _choice_before(tree: Tree, part: Part, where: str) -> FolderChoice:
 
 def _no_split(tree: Tree, part: Part, where: str) -> NoSplit:
     return NoSplit(
-        f"no {part.split} split in {where}: found {some(tree.folders('')) or 'no folders'}; expected a folder called "
+        f"no {part.split} split in {where}: found {some(tree.folders(''))}; expected a folder called "
         f"{part.split}, or a word that means the same. Add it, or name the split: {part.option}"
+        + ('. For all images, with the folders as classes: --data.train_split "."' if part.kinds == ("train",) else "")
     )
 
 

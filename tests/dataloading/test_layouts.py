@@ -454,7 +454,105 @@ def test_index_tells_in_json_what_was_taken_and_what_not(tmp_path, capsys):
     lay_out(tmp_path, "b/Train/1.png", "b/Test/2.png", "a/Train/1.png", "a/Test/2.png")
     assert main(["index", str(tmp_path), "--config", "b", "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
-    assert [note["kind"] for note in notes] == ["taken", "labels"]
+    assert [note["kind"] for note in notes] == ["taken", "unused", "labels"]
     assert notes[0]["text"] == "train is the folder b/Train; other splits: b/Test"
     assert main(["index", str(tmp_path)]) == 2
     assert "--data.config NAME (index and pack: --config NAME)" in capsys.readouterr().err
+
+
+RELATIVES = {
+    "numbers beside the word": (("sets/train/1.png", "sets/test1/2.png"), "sets/train", "sets/test1"),
+    "words grown together": (("trainset/1.png", "testset/2.png"), "trainset", "testset"),
+    "as archives unpack": (
+        ("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png"),
+        "seg_train/seg_train",
+        "seg_test/seg_test",
+    ),
+    "train and val together": (("trainval/1.png", "test/2.png"), "trainval", "test"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "objects"])
+@pytest.mark.parametrize("layout", RELATIVES)
+def test_a_split_is_found_below_folders_with_its_name_and_beside_numbers(tmp_path, layout, kind):
+    paths, train, test = RELATIVES[layout]
+    lay_out(tmp_path, *paths)
+    for split, folder, path in (("train", train, paths[0]), ("test", test, paths[1])):
+        index = opened(tmp_path, split, kind)
+        assert list(index.names) == [path.removeprefix(f"{folder}/")]
+        assert notes_of(index, "taken")[0].startswith(f"{split} is the folder {folder}")
+
+
+def test_a_test_folder_without_images_does_not_hide_val_nor_make_splits_of_classes(tmp_path):
+    lay_out(tmp_path / "a", "train/1.png", "val/2.png")
+    (tmp_path / "a/test").mkdir()
+    assert notes_of(opened(tmp_path / "a", "test", "folder"), "taken")[0].startswith("test is the folder val")
+    lay_out(tmp_path / "b", "cat/1.png", "dog/2.png")
+    (tmp_path / "b/eval").mkdir()
+    (tmp_path / "b/eval/scores.json").write_text("{}")
+    assert opened(tmp_path / "b", "train", "folder").class_names == ("cat", "dog")
+
+
+def test_folders_that_only_begin_like_splits_are_no_classes_without_a_word(tmp_path):
+    lay_out(tmp_path, "Trainingsdaten/1.png", "Testdaten/2.png")
+    with pytest.raises(AmbiguousLayout, match=r'Classes: --data.train_split "\." ; splits: .* Trainingsdaten'):
+        opened(tmp_path, "train", "folder")
+    assert opened(tmp_path, ".", "folder").class_names == ("Testdaten", "Trainingsdaten")
+    lay_out(tmp_path / "c", "valley/1.png", "testudo/2.png", "lake/3.png")
+    assert opened(tmp_path / "c", "train", "folder").num_rows == 3
+
+
+def test_a_data_set_without_a_test_split_is_not_passed_over_for_one_that_has_it(tmp_path):
+    lay_out(tmp_path, "nette/train/1.png", "woof/train/1.png", "woof/val/2.png")
+    with pytest.raises(AmbiguousLayout, match="2 folders: nette, woof"):
+        opened(tmp_path, "train", "folder")
+    assert opened(tmp_path, "train", "folder", config="nette").num_rows == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "objects"])
+def test_folders_beside_those_above_the_splits_are_told_as_not_used(tmp_path, kind):
+    lay_out(tmp_path, "data/train/1.png", "data/test/2.png", "more/3.png", "0.png")
+    assert notes_of(opened(tmp_path, "train", kind), "unused") == [
+        "1 folder not used: more",
+        "1 image directly in the root not used: 0.png",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["folder", "objects"])
+def test_classes_that_no_other_split_has_are_told(tmp_path, kind):
+    lay_out(tmp_path, "train/Cat/1.png", "train/Dog/1.png", "test/cat/2.png", "test/dog/2.png")
+    for split in ("train", "test"):
+        assert "are they spelt alike?" in notes_of(opened(tmp_path, split, kind), "labels")[0]
+    lay_out(tmp_path / "b", "train/Cat/1.png", "train/Dog/1.png", "test/Cat/2.png")
+    assert not notes_of(opened(tmp_path / "b", "test", kind), "labels")
+
+
+@pytest.mark.parametrize("names", [("v1.0-train-0", "v1.0-val-0"), ("birds.train.0", "birds.val.0")])
+def test_dots_in_the_names_of_tars_hide_no_split(tmp_path, names):
+    for name in names:
+        tar(tmp_path / f"{name}.tar", [("1.png", PNG)])
+    assert list(open_dataset("auto", str(tmp_path), "train").index.names) == [f"{names[0]}.tar/1.png"]
+    assert list(open_dataset("auto", str(tmp_path), "test").index.names) == [f"{names[1]}.tar/1.png"]
+
+
+TWICE = {
+    "other totals": ("train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"),
+    "other hashes": ("train-00000-of-00001-aaaa1234ef567890", "train-00000-of-00001-bbbb1234ef567890"),
+    "whole and in parts": ("train", "train-00000-of-00001"),
+}
+
+
+@pytest.mark.parametrize("names", TWICE)
+def test_files_that_hold_one_set_twice_are_refused(tmp_path, names):
+    for name in TWICE[names]:
+        parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(AmbiguousLayout, match=r"same images twice.*--data\.train_split NAME"):
+        open_dataset("auto", str(tmp_path), "train")
+    assert open_dataset("parquet", str(tmp_path), f"{TWICE[names][-1]}.parquet").index.num_rows == 1
+
+
+def test_files_that_are_missing_by_the_numbers_in_the_names_are_counted(tmp_path):
+    for number in (0, 3):
+        parquet(tmp_path / f"train-{number:05}-of-00004.parquet")
+    (found,) = notes_of(open_dataset("auto", str(tmp_path), "train").index, "left_out")
+    assert found.startswith("2 parquet files missing by the numbers in the names: found 2 of 4")
