@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -55,6 +56,14 @@ def pack_working_dir(folder: Path, target: Path, limit_bytes: int = DASHBOARD_CL
     package = target / "working_dir.zip"
     excludes = [*EXCLUDES, *map(_pattern_of, secrets)]
     create_package(str(folder), package, include_gitignore=True, excludes=excludes, logger=_SILENT)
+    with zipfile.ZipFile(package) as packed:
+        kept = sorted(set(secrets) & set(packed.namelist()))
+    if kept:
+        package.unlink()
+        raise JobRefusedError(
+            f"--working-dir {folder}: found {kept[0]!r}, which looks as if it held credentials, with a name that Ray's "
+            "packing cannot leave out; move it out of the folder, or rename it"
+        )
     return WorkingDir(package, len(sizes), sizes.total(), tuple(secrets))
 
 
@@ -66,6 +75,13 @@ def _look(folder: Path) -> tuple[Counter[str], list[str]]:
 
     def look(path: Path) -> None:
         name = path.relative_to(folder)
+        try:
+            str(name).encode()
+        except UnicodeEncodeError:
+            raise JobRefusedError(
+                f"--working-dir {folder}: found the name {str(name)!r}, which is not UTF-8, expected one that a zip file "
+                "can hold; rename it"
+            ) from None
         if path.is_symlink() and not _leads_inside(path, root):
             raise JobRefusedError(
                 f"--working-dir {folder}: found {name}, a link to {os.readlink(path)}, which is outside this folder or "
@@ -75,7 +91,8 @@ def _look(folder: Path) -> tuple[Counter[str], list[str]]:
         if path.is_file():
             with path.open("rb") as file:
                 beginning = file.read(_LOOKED_AT_BYTES)
-            if is_secret_file(PurePosixPath(name), beginning):
+            names = {name, path.resolve().relative_to(root)}  # a link may have a harmless one
+            if any(is_secret_file(PurePosixPath(each), beginning) for each in names):
                 secrets.append(str(name))
             else:
                 sizes[str(name)] += path.stat().st_size

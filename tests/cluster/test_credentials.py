@@ -38,6 +38,19 @@ VARIABLES = {
     "I": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
     "J": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
     "K": f"postgresql://me:{LETTERS}@db/x",
+    "L": f"me:{LETTERS}@proxy:3128",
+    "M": f"host=h user=me password='{LETTERS} x' dbname=d",
+    "N": f'{{"password": "{LETTERS}"}}',
+    "O": f"Authorization: Basic {LETTERS}==",
+    "P": f"s3://me:a/{LETTERS}@bucket",
+    "Q": f"sk_live_{LETTERS}",
+    "R": f"SG.{LETTERS}abcdef.{LETTERS}abcdef",
+    "S": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
+    "OPENAIKEY": "x",
+    "GCP_CREDS": "x",
+    "LDAP_BINDPW": "x",
+    "DBPASS": "x",
+    "BASICAUTH": "x",
 }
 HARMLESS = {
     "AWS_ENDPOINT_URL": "http://127.0.0.1:9000",
@@ -45,6 +58,13 @@ HARMLESS = {
     "PWD": "/home/me/project",
     "NCCL_SOCKET_IFNAME": "eth0",
     "MONKEY": "banana",
+    "OLDPWD": "/home/me",
+    "COMPASS": "north",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MAX_TOKENS": "512",
+    "IMAGE": "registry.example/me/train:2026@sha256:da39a3ee5e6b4b0d3255bfef95601890",
+    "PORT_AND_PATH": "http://host:8000/me@home",
+    "NODE_IDS": "12:30,13:45",
     "COMMIT": "da39a3ee5e6b4b0d3255bfef95601890afd80709",
     "MODEL": "runs/2026-11-30/ResNet50-Batch4096-augmented",
     "PATTERN": "train-{000000..000099}.tar",
@@ -81,6 +101,8 @@ SECRET_FILES = """
     .env .env.local aws.env .envrc .netrc .npmrc .pgpass .s3cfg .boto rclone.conf kubeconfig .kube/config
     service-account.json gcp-key.json secrets.yaml .streamlit/secrets.toml .passwd-s3fs .htpasswd .config/gcloud/x.db
     .huggingface/token .cache/huggingface/token id_ecdsa id_rsa.old .git-credentials .aws/config terraform.tfvars my.ppk
+    .authinfo .kaggle/kaggle.json keys.json serviceAccount.json deploy_key my.keytab .bash_history .dev.vars .env_prod
+    auth.json cookies.txt accessKeys.csv .vault_pass pgpass .databrickscfg .m2/settings.xml
     .vault-token conf/Credentials.JSON deploy.pem server.key auth_token hf_token.txt .docker/config.json prod.tfstate
 """
 ORDINARY_FILES = """
@@ -110,6 +132,22 @@ def test_an_ordinary_file_is_none_by_name(name):
 )
 def test_a_file_of_any_name_is_secret_by_what_is_in_it(content):
     assert is_secret_file(PurePosixPath("src/settings.py"), content)
+
+
+@pytest.mark.parametrize(
+    ("content", "is_secret"),
+    [
+        (b"db:\n  password: geheim1\n", True),
+        (b"<password>geheim1</password>", True),
+        (b"url = postgres://me:geheim@host/db\n", True),
+        (b"kind: Config\nusers: []\n", True),
+        ("TOKEN=ghp_0123456789abcdefghij".encode("utf-16"), True),
+        (b"password: ${oc.env:DB_PASSWORD}\npassword: null\nurl: https://host:443/a\n", False),
+        (b'{"api_key": "<yours>", "tokens": ["me:you@"], "access_key": ""}', False),
+    ],
+)
+def test_a_settings_file_is_secret_by_a_password_that_stands_there(content, is_secret):
+    assert is_secret_file(PurePosixPath("conf/site.yaml"), content) == is_secret
 
 
 @pytest.mark.parametrize("value", [v for v in VARIABLES.values() if LETTERS in v])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import socket
 import zipfile
 
@@ -125,6 +126,30 @@ def test_a_link_inside_a_working_directory_travels_as_what_it_leads_to(tmp_path)
     (tmp_path / "project/b.py").symlink_to("a.py")
     packed = pack_working_dir(tmp_path / "project", tmp_path)
     assert zipfile.ZipFile(packed.package).read("b.py") == b"1"
+
+
+def test_a_link_with_a_harmless_name_does_not_take_credentials_along(tmp_path):
+    project = tmp_path / "project"
+    (project / ".aws").mkdir(parents=True)
+    (project / ".aws" / "config").write_text("[default]\n")
+    (project / "train.py").write_text("pass\n")
+    (project / "settings.txt").symlink_to(".aws/config")
+    (project / "conf").symlink_to(".aws")
+    packed = pack_working_dir(project, tmp_path)
+    assert zipfile.ZipFile(packed.package).namelist() == ["train.py"]
+    assert packed.secrets == (".aws/config", "conf/config", "settings.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [(b"token ", "cannot leave out"), (b"\xff.txt", "not UTF-8")], ids=["blank", "latin"]
+)
+def test_a_name_that_packing_would_mistake_is_refused(name, found, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / os.fsdecode(name)).write_text("x")
+    with pytest.raises(JobRefusedError, match=found):
+        pack_working_dir(project, tmp_path)
+    assert not (tmp_path / "working_dir.zip").exists()
 
 
 def test_a_working_directory_that_is_too_large_is_refused_with_what_is_large(tmp_path):
