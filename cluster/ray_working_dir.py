@@ -79,8 +79,8 @@ def _look(folder: Path) -> tuple[Counter[str], list[str]]:
             str(name).encode()
         except UnicodeEncodeError:
             raise JobRefusedError(
-                f"--working-dir {folder}: found the name {str(name)!r}, which is not UTF-8, expected one that a zip file "
-                "can hold; rename it"
+                f"--working-dir {folder}: found the name {str(name)!r}, which is not UTF-8, expected one that a zip "
+                "file can hold; rename it"
             ) from None
         if path.is_symlink() and not _leads_inside(path, root):
             raise JobRefusedError(
