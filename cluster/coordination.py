@@ -95,7 +95,8 @@ class CoordinatorService:
         self._is_probed = store.protocol in ("file", "memory")
         self._wishing = threading.Lock()
         self._wanted_saves = 0
-        self._is_superseded = False
+        self._left_behind = 0
+        """The attempt of which it is known that a newer one was begun elsewhere."""
         self._threads = [
             threading.Thread(target=self._commit, name="coordinator-commit", daemon=True),
             threading.Thread(target=self._remove, name="coordinator-remove", daemon=True),
@@ -162,7 +163,7 @@ class CoordinatorService:
         return {
             "saves": self._wanted_saves,
             "served": self._coordinator.last_wish,
-            "superseded": self._is_superseded,
+            "superseded": 0 < self._left_behind == self._coordinator.attempt,
         }
 
     def _methods(self) -> dict[str, Callable[..., Any]]:
@@ -199,9 +200,11 @@ class CoordinatorService:
     def _beat(self) -> None:
         while not self._closing.wait(BEAT_S):
             try:
-                self._lease.beat(self._coordinator.attempt)
+                attempt = self._coordinator.attempt
+                self._lease.beat(attempt)
                 # Not what a heartbeat says: one that was long on its way would end the only one who trains.
-                self._is_superseded = self._coordinator.is_superseded()
+                if self._coordinator.is_superseded():
+                    self._left_behind = attempt
             except OSError:
                 continue  # the store does not answer; saves will say so
 

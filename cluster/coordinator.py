@@ -59,6 +59,8 @@ class Coordinator:
         """The newest attempt that is known to have won a number."""
         self._removed: Removed | None = None
         """What became of the last removal; the next save tells it."""
+        self._num_beginning = 0
+        """Calls that are winning a number: a newer one than `_attempt` in the store may be theirs."""
         self._sure_of: int | None = None
         """The attempt that was started here, or of which the ranks were told here what became of a save."""
 
@@ -68,7 +70,15 @@ class Coordinator:
 
         Returns {"attempt", "chain", "damaged"}. From here on no older attempt commits anything.
         """
-        number = win_number(self._store)
+        with self._lock:
+            self._num_beginning += 1
+        try:
+            number = win_number(self._store)
+            with self._lock:
+                self._attempt = max(self._attempt, number)
+        finally:
+            with self._lock:
+                self._num_beginning -= 1
         history = self._commits.history()
         started_from = history.parents[max(history.parents)] if history.parents else None
         if started_from and not history.chain:
@@ -77,8 +87,6 @@ class Coordinator:
                 "deleted, and there is no newer checkpoint: put it back from a copy, or start a new run under another "
                 "URI"
             )
-        with self._lock:
-            self._attempt = max(self._attempt, number)
         return {"attempt": number, "chain": history.candidates, "damaged": history.damaged}
 
     def start_attempt(
@@ -183,13 +191,13 @@ class Coordinator:
 
     def is_superseded(self) -> bool:
         """Whether a newer attempt than this coordinator's was begun elsewhere."""
-        with self._lock:
-            attempt = self._attempt
+        attempt = self.attempt
         try:
             if attempt:
                 require_newest(self._store, attempt)
         except SupersededError:
-            return True
+            with self._lock:
+                return self._attempt == attempt and not self._num_beginning
         return False
 
     def _decide(self, id: SaveId, save: _Save) -> dict[str, Any] | None:

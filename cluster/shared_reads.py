@@ -35,11 +35,14 @@ class SharedReads:
         path = os.path.join(self._folder, stored.checksum.replace(":", "-"))
         try:
             self._make_folder()
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError:
             return read_object(self._store, stored, num_threads)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system without locks
+                return read_object(self._store, stored, num_threads)
             found = _mapped(path, stored)
             if found is None:
                 found = read_object(self._store, stored, num_threads)

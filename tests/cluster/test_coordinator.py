@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.attempts import read_history
+from cluster.attempts import read_history, win_number
 from cluster.checkpoint import SupersededError, read_latest
 from cluster.checkpoint_reader import verify_share
 from cluster.checkpoint_writer import write_part
@@ -157,6 +157,31 @@ def test_what_an_older_attempt_says_is_answered_with_superseded(uri):
     assert coordinator.state_of(new, 5, 1)["state"] == SUPERSEDED
     with pytest.raises(SupersededError):
         coordinator.start_attempt(new, None, [])
+
+
+def test_a_coordinator_that_wins_a_number_does_not_take_its_own_for_a_newer_attempt(uri):
+    class SlowStore(Store):
+        """A storage that answers late: others look at what was written before its writer knows that it was."""
+
+        def claim(self, key, data):
+            won = super().claim(key, data)
+            looks.append(coordinator.is_superseded())
+            return won
+
+        def list(self, prefix):
+            if coordinator.attempt:
+                looks.append(prefix)
+            return super().list(prefix)
+
+    looks: list = []
+    coordinator = Coordinator(SlowStore(uri))
+    begin(coordinator)
+    begin(coordinator)
+    assert True not in looks
+    assert looks.count("attempts/") > 3
+    looks.clear()
+    win_number(Store(uri))
+    assert coordinator.is_superseded()
 
 
 @pytest.mark.parametrize(

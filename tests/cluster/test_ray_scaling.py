@@ -37,6 +37,12 @@ from cluster.store import Store, StoreError
 from cluster.worker_range import WorkerRange, parse_workers
 
 
+def messages(mailbox) -> list[str]:
+    """What is to be shown, without the events that only change what `status` knows."""
+    events = [json.loads(event) for event in ray.get(mailbox.take.remote())]
+    return [event["text"] for event in events if event["kind"] == "message"]
+
+
 @pytest.fixture(scope="module")
 def private_ray():
     with ray_session(None, 1, quiet=True):
@@ -113,8 +119,7 @@ class World:
 
     def told(self) -> list[str]:
         self.sizing._post.flush(timeout_s=10)
-        events = [json.loads(event) for event in ray.get(self.mailbox.take.remote())]
-        return [event["text"] for event in events if event["kind"] == "message"]
+        return messages(self.mailbox)
 
 
 def test_4096_calls_that_wait_hold_nobody_up_and_all_are_answered(mailbox):
@@ -380,7 +385,7 @@ def test_a_run_that_restarts_without_a_new_checkpoint_ends(mailbox, tmp_path):
     assert [fails() for _ in range(MOST_RESTARTS)] == [FailureDecision.RETRY] * MOST_RESTARTS
     assert fails() is FailureDecision.RAISE
     restarts._post.flush(timeout_s=10)
-    told = [json.loads(event)["text"] for event in ray.get(mailbox.take.remote())]
+    told = messages(mailbox)
     assert told[-1].startswith("giving up after 3 restarts without a new checkpoint: workers could not start")
     assert "no room in /dev/shm" in told[-1]
 
@@ -454,7 +459,7 @@ def test_a_start_that_failed_says_which_machine_or_what_error_it_was(mailbox, tm
     ray.get(mailbox.open_group.remote())
     assert restarts.make_decision(ControllerError(RayActorError())) is FailureDecision.RETRY
     restarts._post.flush(timeout_s=10)
-    told = [json.loads(event)["text"] for event in ray.get(mailbox.take.remote())]
+    told = messages(mailbox)
     assert told[0].startswith(
         "workers could not start: ActorDiedError: The actor died because its node has died.: going"
     )
