@@ -201,19 +201,19 @@ def _look_at(
                 with Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
                     look = _look(image, file, small, rules)
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-                look = _Look(reason=_other_format(error, file) or reason(error))
+                look = _Look(reason=reason(error, _first_bytes(error, file)))
         if file.failure is not None:
             raise file.failure
         looks.append(look)
     return looks
 
 
-def _other_format(error: Exception, file: WatchedFile) -> str:
-    """Return what a file of no format that is read is, by its first bytes; "" for other errors and unknown bytes."""
+def _first_bytes(error: Exception, file: WatchedFile) -> bytes | None:
+    """Return the first bytes of a file of no format that is read; None for other errors."""
     if not isinstance(error, UnidentifiedImageError) or file.failure is not None:
-        return ""
+        return None
     file.seek(0)
-    return other_formats.named(file.read(other_formats.NUM_BYTES))
+    return file.read(other_formats.NUM_BYTES)
 
 
 def _look(image: Image.Image, file: WatchedFile, small: _Small, rules: PixelRules) -> _Look:
@@ -256,10 +256,14 @@ def check_size(height: int, width: int) -> None:
         )
 
 
-def reason(error: Exception) -> str:
-    """Return why an image is bad in one line, the same one for the same bytes."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no image in a known format"  # Pillow's text has an address in memory
+def reason(error: Exception, first_bytes: bytes | None = None) -> str:
+    """Return why an image is bad in one line, the same one for the same bytes.
+
+    first_bytes: of the file, which tell what it is where it is no image.
+    """
+    if isinstance(error, UnidentifiedImageError):  # Pillow's text has an address in memory
+        named = "" if first_bytes is None else other_formats.named(first_bytes)
+        return named or "no image in a known format"
     if isinstance(error, Image.DecompressionBombError):
         return f"{TOO_LARGE}: DecompressionBombError: {error}"[:200]
     is_ours = isinstance(error, REFUSALS)

@@ -18,6 +18,8 @@ from dataloading.layout import is_date
 from dataloading.notes import LABELS, UNUSED, Note, some
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,4000}(\.0*)?")
+MAX_LABEL_BYTES = 256
+"""Longer texts are no names of classes."""
 Choice = TypeVar("Choice")
 Listed = TypeVar("Listed")
 
@@ -64,6 +66,9 @@ def spelt(texts: Sequence[str], where: Callable[[int], str]) -> Labels:
     if len(names) > MAX_CLASSES:
         return no_labels(f"found {len(names):,} different texts, such as {where(0)}; expected classes", len(names))
     text = f"{len(names):,} classes from the texts of the labels, in the order of their names"
+    if (num := sum(map(bool, map(_WHOLE.fullmatch, texts)))) > 0:
+        row = next(row for row, text in enumerate(texts) if not _WHOLE.fullmatch(text))
+        text += f": {num:,} of {len(texts):,} are whole numbers, but {where(row)} is {texts[row][:40]!r}"
     return Labels(labels_N.astype(np.int64), tuple(map(str, names)), (Note(LABELS, text, len(names)),))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def left_out(counts: Counter[str], what: str = "files") -> tuple[Note, ...]:
     shown = ", ".join(f"{count:,} {name}" for name, count in ordered[:_NUM_SHOWN])
     rest = sum(count for _, count in ordered[_NUM_SHOWN:])
     more = f", {rest:,} of {len(ordered) - _NUM_SHOWN} other kinds" if rest else ""
-    what = what if total != 1 else what.removesuffix("s")
+    what = what if total != 1 else re.sub(r"s\b", "", what, count=1)
     return (Note(LEFT_OUT, f"{total:,} other {what} left out: {shown}{more}", total),)
 
 

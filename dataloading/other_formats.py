@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 NUM_BYTES = 64
+_TIFF = (
+    "a damaged TIFF, or one of a kind that is not read (such as floating-point or 10-bit samples); convert the image"
+)
 _FIRST_BYTES = {
     b"GIF8": "a GIF, which is not read",
     b"\x00\x00\x00\x0cjxl ": "a JPEG XL image, which is not read",
+    b"\xff\x0a": "a JPEG XL image, which is not read",
+    b"II*\x00": _TIFF,
+    b"MM\x00*": _TIFF,
+    b"II+\x00": _TIFF,
+    b"MM\x00+": _TIFF,
+    b"\x89PNG": "a damaged PNG",
+    b"\xff\xd8\xff": "a damaged JPEG",
+    b"P7": "a PAM image, which is not read",
+    b"\x76\x2f\x31\x01": "an OpenEXR image, which is not read",
+    b"#?RADIANCE": "a Radiance HDR image, which is not read",
+    b"\x00\x00\x01\x00": "an icon, which is not read",
+    b"SIMPLE": "a FITS image, which is not read",
+    b"\x93NUMPY": "a NumPy array, no image",
     b"\x0a\x01": "a PCX image, which is not read",
     b"8BPS": "a Photoshop file, which is not read",
     b"%PDF": "a PDF, which is not read",

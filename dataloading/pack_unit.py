@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from dataloading import headers, pillow, samples
+from dataloading import headers, other_formats, pillow, samples
 from dataloading.index import Reader, image_checksum
 from dataloading.orientation import TAIL_BYTES, orientation_of
 from dataloading.pixel_rules import PixelRules
@@ -146,7 +146,8 @@ def look_at(encoded: bytes, rules: PixelRules | None = None) -> PackedImage:
             pixels_HWC = pillow.decode(encoded, rules)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
     except Exception as error:  # a decoder that meets a damaged file raises nearly anything
-        return PackedImage(height, width, len(encoded), reason=headers.reason(error), depends_on=depends_on)
+        why = headers.reason(error, encoded[: other_formats.NUM_BYTES])
+        return PackedImage(height, width, len(encoded), reason=why, depends_on=depends_on)
     return PackedImage(height, width, len(encoded), depends_on=depends_on)
 
 

@@ -28,7 +28,7 @@ from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, image_
 from dataloading.labels import Labels, first_labelled, no_labels
 from dataloading.layout import Part
 from dataloading.listing import existing_root, list_files
-from dataloading.parquet_labels import class_names, column_labels, label_column
+from dataloading.parquet_labels import TooLong, class_names, column_labels, is_label_kind, label_column, read_labels
 from dataloading.parquet_reader import ParquetReader, RowsOf
 from dataloading.pixel_rules import PixelRules
 from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
@@ -51,6 +51,8 @@ class _Files:
     image: str
     """Path of the leaf column with the encoded images."""
     label: str | None
+    label_kinds: tuple[tuple[pa.DataType, str], ...]
+    """Types of the column of labels, with the name of a file of each."""
     class_names: tuple[str, ...]
     unused: tuple[str, ...]
     """The other columns."""
@@ -134,8 +136,8 @@ def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
     for path, schema in zip(paths, schemas, strict=True):
         if (_image_column(path, schema), label_column(schema)) != (image, label):
             raise DatasetError(
-                f"{path}: found columns {schema.names}, expected those of {paths[0]}: {schemas[0].names}. Keep other "
-                "data sets in other folders"
+                f"{path}: found columns {_columns(schema)}; expected those of {paths[0]}: {_columns(schemas[0])}. Keep "
+                "other data sets in other folders"
             )
     if starts[-1] == 0:
         raise DatasetError(
@@ -143,7 +145,11 @@ def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
         )
     used = {image.partition(".")[0], label}
     unused = tuple(name for name in schemas[0].names if name not in used)
-    return _Files(str(root), paths, names, tuple(starts), image, label, class_names(schemas[0], label), unused)
+    by_kind = (
+        {} if label is None else {schema.field(label).type: name for schema, name in zip(schemas, names, strict=True)}
+    )
+    kinds = tuple(by_kind.items())
+    return _Files(str(root), paths, names, tuple(starts), image, label, kinds, class_names(schemas[0], label), unused)
 
 
 def _num_rows(path: Path, about: pq.FileMetaData) -> int:
@@ -162,21 +168,27 @@ def _not_whole(path: Path, error: Exception) -> DatasetError:
 
 def _image_column(path: Path, schema: pa.Schema) -> str:
     """Return the leaf column of the images."""
-    for name in IMAGE_COLUMNS:
-        if name in schema.names:
+    for name in (name for wanted in IMAGE_COLUMNS for name in schema.names if name.lower() == wanted):
+        if len(schema.get_all_field_indices(name)) == 1:
             kind = schema.field(name).type
             if _is_bytes(kind):
                 return name
             if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type):
                 return f"{name}.bytes"
     raise DatasetError(
-        f"{path}: found columns {', '.join(schema.names)}; expected a column {' or '.join(IMAGE_COLUMNS)} with the "
+        f"{path}: found columns {_columns(schema)}; expected a column {' or '.join(IMAGE_COLUMNS)} with the "
         "encoded images (bytes, or a struct with `bytes`). Rename the column, or write the images as a folder"
     )
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _columns(schema: pa.Schema) -> str:
+    """Return the columns with their types, for messages."""
+    return notes.some([f"{field.name} ({str(field.type)[:60]})" for field in schema])
 
 
 def _listing(source: str, files: _Files, rows_R: NDArray[np.int64]) -> DatasetIndex:
@@ -205,7 +217,13 @@ def _row_names(files: _Files, rows_R: NDArray[np.int64]) -> Iterator[str]:
 def _labels(files: _Files, rows_R: NDArray[np.int64]) -> Labels:
     if files.label is None:
         return no_labels(f"{files.names[0]} has no column of labels")
-    columns = [_read_column(path, files.label) for path in files.paths]
+    kind, odd = next(((kind, path) for kind, path in files.label_kinds if not is_label_kind(kind)), (None, None))
+    if kind is not None:
+        return no_labels(f"column {files.label} of {odd} holds {kind}; expected whole numbers or texts")
+    try:
+        columns = [read_labels(path, files.label) for path in files.paths]
+    except TooLong as error:
+        return no_labels(str(error))
     kinds = list(dict.fromkeys(column.type for column in columns))
     if len(kinds) > 1 and not all(map(pa.types.is_integer, kinds)):
         return no_labels(f"column {files.label} holds {' in one file, '.join(map(str, kinds))} in another")
@@ -224,15 +242,6 @@ def _labels(files: _Files, rows_R: NDArray[np.int64]) -> Labels:
         return f"{files.names[file]}, row {row - files.starts[file]}"
 
     return column_labels(column, files.label, files.class_names, place)
-
-
-def _read_column(path: Path, name: str) -> pa.ChunkedArray:
-    try:
-        return pq.ParquetFile(path).read([name]).column(0)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise DatasetError(f"{path}, column {name}: {error}; fetch or write the file again") from error
 
 
 def _scan(

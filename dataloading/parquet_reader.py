@@ -33,6 +33,19 @@ MAX_KEPT_BYTES = 4 << 30
 """How many bytes of encoded images are kept in memory by one reader."""
 
 
+_PREFIXES = "DELTA_BYTE_ARRAY"
+DELTAS = frozenset({"DELTA_LENGTH_BYTE_ARRAY", _PREFIXES})
+"""Encodings that cannot be read as dictionaries."""
+
+
+def encodings(path: Path, column: str) -> frozenset[str]:
+    """Return the encodings of a leaf column."""
+    about = pq.read_metadata(path)
+    groups = map(about.row_group, range(about.num_row_groups))
+    chunks = (group.column(place) for group in groups for place in range(group.num_columns))
+    return frozenset(encoding for chunk in chunks if chunk.path_in_schema == column for encoding in chunk.encodings)
+
+
 class ParquetReader:
     """Calling it with a row returns the encoded image: bytes. Raises OSError where it cannot be read, ValueError where
     the row holds none."""
@@ -47,6 +60,7 @@ class ParquetReader:
         self.max_kept_bytes = max_kept_bytes
         self._kept: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
         self._group_starts: dict[int, list[int]] = {}
+        self._encodings: dict[int, frozenset[str]] = {}
         # One lock for reading too: two threads that miss the same row group would read it twice.
         self._lock = threading.Lock()
 
@@ -113,7 +127,11 @@ class ParquetReader:
 
     def _open(self, file: int) -> pq.ParquetFile:
         # As a dictionary: one image that a file has once for a million rows is in memory once.
-        return pq.ParquetFile(self.paths[file], memory_map=True, read_dictionary=[self.column])
+        path = self.paths[file]
+        if file not in self._encodings:
+            self._encodings[file] = encodings(path, self.column)
+        as_dictionary = None if self._encodings[file] & DELTAS else [self.column]
+        return pq.ParquetFile(path, memory_map=True, read_dictionary=as_dictionary)
 
     def _suspicious_bytes(self, opened: pq.ParquetFile, group: int) -> int | None:
         """Return how much a row group claims to unpack to where that is suspicious: it is read row by row then.
@@ -122,6 +140,10 @@ class ParquetReader:
         """
         about = opened.metadata.row_group(group)
         chunk = next(c for c in map(about.column, range(about.num_columns)) if c.path_in_schema == self.column)
+        if _PREFIXES in chunk.encodings:  # a byte may stand for a whole image, and nothing says how many do
+            raise ValueError(
+                f"images in the encoding {_PREFIXES}, which is not read; write them in another, such as PLAIN"
+            )
         claimed, stored = chunk.total_uncompressed_size, chunk.total_compressed_size
         if claimed <= _MAX_UNPACKED_BYTES or claimed <= _MAX_RATIO * stored:
             return None

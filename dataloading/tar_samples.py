@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from dataloading.headers import EXTENSIONS
 from dataloading.index import DatasetError
-from dataloading.labels import Labels, no_labels, spelt
+from dataloading.labels import MAX_LABEL_BYTES, Labels, no_labels, spelt
 from dataloading.listing import has_ending
 from dataloading.notes import HIDDEN, LABELS, Note, ending_of
 
-MAX_LABEL_BYTES = 256
 LINKS = "links"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -119,7 +118,7 @@ class TarSamples:
 
     def _add_label(self, name: str, key: tuple[str, str], is_plain: bool, content: bytes) -> None:
         try:
-            text = content.decode().strip(" \t\r\n\0")
+            text = content.decode("utf-8-sig").strip(" \t\r\n\0")
         except UnicodeDecodeError:
             text = ""
         if not text or _CONTROL.search(text):

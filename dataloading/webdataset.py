@@ -37,6 +37,7 @@ from dataloading.tars import TAR_ERRORS, members_of, open_tar
 
 _CHUNK = 64
 _HEADERS_AT_ONCE = 32
+_COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd")  # gzip, xz, bzip2, zstandard
 _MAX_END_BYTES = 1 << 20  # of zeros after the last member; programs write 1 to 10 kB
 
 
@@ -133,9 +134,9 @@ def _samples(
             break
     if not samples.images:
         found = " and ".join(note.text for note in notes.left_out(samples.left_out, "members")) or "no members"
-        raise DatasetError(
-            f"no images in the {len(shards)} tars of {where}: found {found}; expected members with an image's ending"
-        )
+        tars = f"the {len(shards):,} tars of {where}" if len(shards) > 1 else f"{shards[0].name} in {where}"
+        inner = ". Unpack the tars in it" if samples.left_out.get(".tar") else ""
+        raise DatasetError(f"no images in {tars}: found {found}; expected members with an image's ending{inner}")
     return samples
 
 
@@ -220,6 +221,11 @@ def _add_tar(where: str, source: LocalShards | RemoteShards, number: int, shard:
     except DatasetError:
         raise
     except TAR_ERRORS as error:
+        if source.read(number, 0, min(6, shard.num_bytes)).startswith(_COMPRESSED):
+            raise DatasetError(
+                f"{where} is compressed, and images are read at their places in tars as they are; unpack it (gunzip, "
+                "xz -d, bzip2 -d, zstd -d)"
+            ) from error
         raise DatasetError(f"{where} is not a whole tar file ({error}); fetch or write it again") from error
     members.end()
 

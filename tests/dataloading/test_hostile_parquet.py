@@ -115,3 +115,63 @@ def test_whole_files_of_every_layout_are_read(nested, dictionary, tmp_path):
     column = "image.bytes" if nested else "image"
     reader = ParquetReader((tmp_path / "train-0.parquet",), (0, 8), column)
     assert [reader(row) for row in (0, 5, 7)] == [IMAGES[0], IMAGES[5], IMAGES[0]]
+
+
+def written(path, image=None, label=None, **options):
+    path.mkdir()
+    columns = {
+        "image": pa.array([IMAGES[0]] * 3) if image is None else image,
+        **({} if label is None else {"label": label}),
+    }
+    pq.write_table(pa.table(columns), path / "train.parquet", **options)
+    return open_dataset("parquet", str(path), "train")
+
+
+def test_texts_that_are_no_class_names_are_told_before_they_are_unpacked(tmp_path):
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array(["x" * 4_000_000]))
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * 500, pa.int32()), pa.array([IMAGES[0]]))
+    index = written(tmp_path / "d", images, texts).index  # 2 GB of texts
+    assert index.labels_N is None
+    assert "holds a text of 4,000,000 bytes" in index.notes[-1].text
+
+
+def test_labels_of_types_that_are_no_labels_are_not_read(tmp_path):
+    index = written(tmp_path / "d", label=pa.array([[1], [2], [3]])).index
+    assert index.notes[-1].text.endswith("holds list<element: int64>; expected whole numbers or texts")
+
+
+def test_a_number_without_a_sign_that_is_too_large_is_told_as_it_is(tmp_path):
+    with pytest.raises(DatasetError, match=rf"row 1: found label {2**63}, expected below"):
+        written(tmp_path / "d", label=pa.array([0, 2**63, 1], pa.uint64()))
+
+
+def test_one_label_that_is_no_number_among_numbers_is_told(tmp_path):
+    index = written(tmp_path / "d", label=pa.array(["0", "1_0", "1"])).index
+    assert "2 of 3 are whole numbers, but column label of train.parquet, row 1 is '1_0'" in index.notes[-1].text
+
+
+@pytest.mark.parametrize("encoding", ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY"])
+def test_images_and_labels_are_read_in_encodings_that_are_no_dictionaries(tmp_path, encoding):
+    encodings = {"image": encoding, "label": "DELTA_BYTE_ARRAY"}
+    dataset = written(tmp_path / "d", label=pa.array(["a", "b", "a"]), use_dictionary=False, column_encoding=encodings)
+    assert dataset.index.labels_N.tolist() == [0, 1, 0]
+    assert not dataset.index.reasons
+
+
+def test_images_that_may_unpack_to_any_number_of_bytes_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match="encoding DELTA_BYTE_ARRAY, which is not read; write them in another"):
+        written(tmp_path / "d", use_dictionary=False, column_encoding={"image": "DELTA_BYTE_ARRAY"})
+
+
+def test_column_names_in_any_case_and_dictionaries_of_bytes_are_images(tmp_path):
+    images = pa.array([IMAGES[0]] * 3).dictionary_encode()
+    pq.write_table(pa.table({"Image": images, "Label": pa.array([0, 1, 0])}), tmp_path / "train.parquet")
+    index = open_dataset("parquet", str(tmp_path), "train").index
+    assert (index.num_rows, index.labels_N.tolist(), index.reasons) == (3, [0, 1, 0], {})
+
+
+def test_class_names_that_are_no_list_are_not_taken_for_names(tmp_path):
+    table = pa.table({"image": pa.array([IMAGES[0]] * 3), "label": pa.array([0, 1, 2])})
+    about = {"huggingface": '{"info": {"features": {"label": {"names": "abc"}}}}'}
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "train.parquet")
+    assert open_dataset("parquet", str(tmp_path), "train").index.class_names == ("0", "1", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 
@@ -102,3 +103,21 @@ def test_a_label_that_is_no_number_does_not_become_one(tmp_path):
         members = [member for n in (0, 1) for member in ((f"{n}.jpg", IMAGE), (f"{n}.cls", labels[n]))]
         (tmp_path / "train-000000.tar").write_bytes(tar_of(*members))
         assert len(open_dataset("webdataset", str(tmp_path), "train").index.class_names) == num_classes
+
+
+def test_a_compressed_tar_is_called_that(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(gzip.compress(tar_of(("a.jpg", IMAGE))))
+    with pytest.raises(DatasetError, match=r"train-0\.tar is compressed.*unpack it"):
+        open_dataset("webdataset", str(tmp_path), "train")
+
+
+def test_a_tar_of_tars_says_that_they_are_to_be_unpacked(tmp_path):
+    (tmp_path / "train-0.tar").write_bytes(tar_of(("n01.tar", b"")))
+    with pytest.raises(DatasetError, match=r"no images in train-0\.tar in .* 1 \.tar; .* Unpack the tars in it"):
+        open_dataset("webdataset", str(tmp_path), "train")
+
+
+def test_a_label_with_a_byte_order_mark_is_the_number_after_it(tmp_path):
+    members = (("a.jpg", IMAGE), ("a.cls", b"\xef\xbb\xbf1"), ("b.jpg", IMAGE), ("b.cls", b"0"))
+    (tmp_path / "train-0.tar").write_bytes(tar_of(*members))
+    assert open_dataset("webdataset", str(tmp_path), "train").index.labels_N.tolist() == [1, 0]

@@ -14,6 +14,7 @@ from cluster.store import Store
 from dataloading.index import DatasetError, DatasetIndex, NoSplit
 from dataloading.layout import AmbiguousLayout
 from dataloading.pack import pack
+from dataloading.pack_unit import look_at
 from dataloading.sources import list_images, open_dataset
 from dataloading.storage import Storage
 from instdisc.cli.main import main
@@ -556,3 +557,10 @@ def test_files_that_are_missing_by_the_numbers_in_the_names_are_counted(tmp_path
         parquet(tmp_path / f"train-{number:05}-of-00004.parquet")
     (found,) = notes_of(open_dataset("auto", str(tmp_path), "train").index, "left_out")
     assert found.startswith("2 parquet files missing by the numbers in the names: found 2 of 4")
+
+
+@pytest.mark.parametrize(
+    ("first", "named"), [(b"GIF89a", "a GIF, which"), (b"II*\0\0\0\0\0", "TIFF"), (b"\xff\x0a", "JPEG XL")]
+)
+def test_packing_names_files_of_other_formats_as_the_index_does(first, named):
+    assert named in look_at(first).reason
