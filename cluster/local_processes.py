@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any
@@ -165,6 +166,8 @@ def _context(preload: Sequence[str]) -> ForkServerContext:
 @contextlib.contextmanager
 def _helper_environment() -> Iterator[None]:
     """What processes that start now inherit: passive OpenMP, one thread, and no Ctrl-C of the driver's."""
+    # Started on the way, it would let Ctrl-C through again.
+    resource_tracker.ensure_running()
     with kept_from_parts(), environment(thread_environment(1)), _without_unreadable_main():
         yield
 

@@ -23,6 +23,7 @@ METRICS = {"knn_top1": "higher", "knn_bank_top1": "higher"}
 """What evaluations measure, and which values of it are better."""
 STEP_COUNTS = ("exact", "rounded")
 OVERLAPS = ("skip", "wait")
+_LONGEST_SIDE = 65_536
 
 
 class ConfigError(ValueError):
@@ -264,6 +265,7 @@ class EvalConfig:
             ("every_epochs", self.every_epochs, self.every_epochs >= 0, "at least 0"),
             ("k", self.k, self.k >= 1, "at least 1"),
             ("temperature", self.temperature, self.temperature > 0, "more than 0"),
+            ("resize", self.resize, 1 <= self.resize <= _LONGEST_SIDE, f"1 to {_LONGEST_SIDE:,} pixels"),
             ("crop", self.crop, 1 <= self.crop <= self.resize, "1 to eval.resize"),
             ("batch", self.batch, self.batch >= 1, "at least 1"),
         )

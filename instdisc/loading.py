@@ -97,7 +97,14 @@ def load_encoder(run: str, device: str = "cpu") -> RunEncoder:
     config, checkpoint = _newest(run)
     encoder = build_encoder(config.model)
     tensors = checkpoint.tensors()
-    encoder.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"run {run}: its configuration describes another network than its checkpoint of step {checkpoint.step} "
+            f"holds ({str(error).splitlines()[-1].strip()[:200]}); put its config.json back from a copy"
+        ) from error
     return RunEncoder(encoder, config).to(device).eval()
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.coordination import CoordinatorSpec
+from cluster.document_kinds import FLAG, MAPPING, WHOLE, require_kinds
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
 from dataloading.index import DatasetIndex
@@ -40,6 +41,7 @@ CONFIG = "config.json"
 INDEX = "dataset/index.parquet"
 DIGEST = "dataset/digest.json"
 RESULTS = "results.json"
+_OF_RESULT = {"step": WHOLE, "num_steps": WHOLE, "finished": FLAG, "metrics": MAPPING, "summary": MAPPING}
 NEIGHBOURS = "neighbours.png"
 WAITING = "waiting.json"
 
@@ -197,6 +199,7 @@ class Run:
             return None
         with self._readable(RESULTS):
             document = json.loads(text)
+            require_kinds(document, _OF_RESULT, RESULTS)
             return RunResult(**{**document, "uri": self.uri, "metrics": read_curves(document["metrics"])})
 
     def say_waiting(self, text: str) -> None:
@@ -238,7 +241,7 @@ class Run:
         """Say which object it is whose text is not what this version writes."""
         try:
             yield
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise RunError(
                 f"{key} of run {self.uri} cannot be read: {error}. Expected what instdisc wrote there; put it back "
                 "from a copy, or use the version of instdisc that wrote it"

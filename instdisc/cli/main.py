@@ -28,17 +28,14 @@ USER_ERROR, FAILED = 2, 1
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 (it failed), 2 (a mistake in what was asked), 130 (Ctrl-C)."""
     _print_in_any_encoding()
-    parser = build_parser()
-    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(rest)
-    if overrides and not options.takes_overrides:
-        parser.error(f"unknown arguments: {' '.join(overrides)}")
-    options.overrides = overrides
-    have_a_home()
-    # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    is_debugged = False
     try:
-        with said_at_once():
+        with said_at_once():  # from the first import on, which may take seconds
+            options = _parse(arguments)
+            is_debugged = options.debug
+            have_a_home()
+            # Before torch is imported: OpenMP's threads that spin while they wait take the cores from everything else.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             return options.run(options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,9 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         # A storage that was there and is away now is nobody's mistake: the same command may succeed later.
         code = USER_ERROR if getattr(error, "is_permanent", True) else FAILED
-        return _tell(error, code, options.debug)
+        return _tell(error, code, is_debugged)
     except Exception as error:
-        return _tell(error, FAILED, options.debug or not _is_ours(error))
+        return _tell(error, FAILED, is_debugged or not _is_ours(error))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = build_parser()
+    rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(rest)
+    if overrides and not options.takes_overrides:
+        parser.error(f"unknown arguments: {' '.join(overrides)}")
+    options.overrides = overrides
+    return options
 
 
 def _print_in_any_encoding() -> None:

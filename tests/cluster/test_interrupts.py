@@ -96,7 +96,11 @@ from cluster.interrupts import said_at_once
 with said_at_once():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     print("deaf", flush=True)
-    ctypes.CDLL(None).sleep(3600)
+    while True:
+        try:
+            ctypes.CDLL(None).sleep(3600)
+        except KeyboardInterrupt:  # a signal that came before the call
+            pass
 """
 
 
@@ -116,3 +120,21 @@ def test_a_command_says_at_once_that_it_stops_and_ends_soon_after_the_second_sig
             assert time.monotonic() - started_s < 10
         finally:
             process.kill()
+
+
+# Blocked as the driver's children have it, and started by something that lets signals through on the way.
+CHILD = """
+import multiprocessing, signal
+from cluster.local_processes import _helper_environment
+
+if __name__ == "__main__":
+    with _helper_environment():
+        from multiprocessing import resource_tracker
+        resource_tracker.ensure_running()
+        print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)
+"""
+
+
+def test_a_helper_that_starts_with_the_workers_does_not_let_ctrl_c_through():
+    found = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+    assert found.stdout == "True\n"

@@ -228,6 +228,38 @@ def test_a_damaged_file_of_a_run_is_named(name, text, finished, tmp_path, capsys
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(("field", "value"), [("step", [[]]), ("finished", "0"), ("summary", []), ("num_steps", None)])
+def test_a_result_with_a_value_of_another_kind_is_named(field, value, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert main(["show", str(tmp_path / "run")]) == 2
+    assert f"results.json: {field}: found" in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_network_than_the_checkpoints_is_named(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    document = json.loads(path.read_text())
+    document["model"]["feature_dim"] *= 2
+    path.write_text(json.dumps(document))
+    assert main(["knn", str(tmp_path / "run")]) == 2
+    assert "another network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_hears_signals_while_it_is_still_being_imported(number, monkeypatch, capsys):
+    def slow_import(name):
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("instdisc.cli.main.import_module", slow_import)
+    assert main(["status", "run"]) == 130
+    printed = capsys.readouterr().err
+    assert "interrupted" in printed
+    assert "Traceback" not in printed
+
+
 def test_moved_images_are_found_by_later_commands(tmp_path, capsys):
     root = write_cifar10(tmp_path / "data", 96, 20)
     uri = str(tmp_path / "run")
