@@ -62,12 +62,14 @@ class Progress:
     def update(self, event: Mapping[str, Any]) -> None:
         """Show an event; kinds that are not known are left out."""
         kind = event.get("kind")
+        if "text" in event:
+            event = {**event, "text": without_credentials(str(event["text"]))}
         if kind in ("progress", "phase"):
             self._live, self._is_shown = event, False
             if self._is_due(event):
                 self._show_live()
         elif kind in ("knn", "message"):
-            self._show_lasting(_knn_line(event) if kind == "knn" else without_credentials(str(event["text"])))
+            self._show_lasting(_knn_line(event) if kind == "knn" else event["text"])
 
     def close(self) -> None:
         """End the live line: the last progress stays, shown if it was held back; a phase is over and goes."""

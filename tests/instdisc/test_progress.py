@@ -250,3 +250,11 @@ def test_a_real_terminal_is_recognised_and_its_width_is_asked(monkeypatch):
         Progress(stream).update(progress_event(12))
         assert not os.read(ours, 4096).decode().startswith("\r")
     os.close(ours)
+
+
+@pytest.mark.parametrize("kind", ["phase", "message"])
+def test_no_line_shows_a_password(kind):
+    stream = io.StringIO()
+    progress = Progress(stream)
+    progress.update({"kind": kind, "text": "starting 2 workers on the Ray cluster at http://me:geheim@host:1"})
+    assert stream.getvalue() == "starting 2 workers on the Ray cluster at http://host:1\n"
