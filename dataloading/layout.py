@@ -70,6 +70,9 @@ class Part:
     @property
     def folder(self) -> str:
         """Name of the folder into which it is packed."""
+        if re.search(r"[*?\[]|\.(tar|parquet)$", self.split, re.IGNORECASE):  # a pattern, or a file's name
+            kinds = kinds_in(self.split)
+            return next(iter(kinds)) if len(kinds) == 1 else "train"
         return ("train" if self.path == "" else (self.path or self.split)).rpartition("/")[2]
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from heapq import heappop, heappush
@@ -154,9 +155,17 @@ def existing_root(
     if not path.exists():
         parent = path.parent
         beside = contents(parent) if parent.is_dir() else f"no folder {parent} either"
+        if "{" in path.name or "*" in path.name:
+            pattern = _starred(path.name)
+            advice = f"Name the folder, and files in it by a pattern with * alone: --data.train_split '{pattern}'"
         raise DatasetError(f"data root {path} does not exist; found beside it: {beside}. {advice}")
     if not wanted(path):
         raise DatasetError(f"data root {path} ({kind}): found a file, expected a folder; name the folder that holds it")
     if not os.access(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
         raise DatasetError(f"data root {path}: no permission to read it; check its owner and rights, or choose another")
     return path
+
+
+def _starred(name: str) -> str:
+    """Return a name with * for what a shell or WebDataset would expand in braces."""
+    return re.sub(r"\{[^}]*\}", "*", name)

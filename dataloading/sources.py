@@ -213,7 +213,10 @@ def recognise(root: str | None) -> str:
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return "parquet"
-        raise DatasetError(f"data root {path}: found a file, expected a folder or a .parquet file")
+        raise DatasetError(
+            f"data root {path}: found a file, expected a folder or a .parquet file. Name the folder that holds it; one "
+            f"of several tars there is chosen by --data.train_split {path.name}"
+        )
     if is_packed(path):
         return "packed"
     require_whole(str(path), _SPLIT_FOLDERS, lambda key: (path / key).is_file())

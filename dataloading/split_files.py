@@ -52,7 +52,8 @@ def choose_files(names: Sequence[str], part: Part, *, where: str, what: str) -> 
     if not candidates:
         raise NoSplit(
             f"no {part.split} split in {where}: found {some(names)}; expected {what} with the word {part.split!r} in "
-            f"their names or folders, or with one that means the same. Name the split: {part.option}"
+            f"their names or folders{', or with one that means the same' * bool(part.kinds)}. Name the split: "
+            f"{part.option}"
         )
     return [_choice(names, found, part, where, what) for found in candidates]
 

@@ -291,10 +291,13 @@ def _choice_before(tree: Tree, part: Part, where: str) -> FolderChoice:
 
 
 def _no_split(tree: Tree, part: Part, where: str) -> NoSplit:
+    synonyms = ", or a word that means the same" if part.kinds else ""
+    everything = (
+        '. For all images, with the folders as classes: --data.train_split "."' if part.kinds == ("train",) else ""
+    )
     return NoSplit(
-        f"no {part.split} split in {where}: found {some(tree.folders(''))}; expected a folder called "
-        f"{part.split}, or a word that means the same. Add it, or name the split: {part.option}"
-        + ('. For all images, with the folders as classes: --data.train_split "."' if part.kinds == ("train",) else "")
+        f"no {part.split} split in {where}: found {some(tree.folders(''))}; expected a folder called {part.split}"
+        f"{synonyms}. Add it, or name the split: {part.option}{everything}"
     )
 
 

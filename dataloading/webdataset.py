@@ -24,6 +24,7 @@ from dataloading.io_threads import IoThreads
 from dataloading.labels import first_labelled
 from dataloading.layout import KIND_OF_WORD, Part
 from dataloading.listing import existing_root, list_files, list_keys
+from dataloading.notes import TAKEN, Note
 from dataloading.packed import require_storage, require_whole
 from dataloading.pixel_rules import PixelRules
 from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
@@ -203,8 +204,19 @@ def _index(source: str, samples: Samples, shards: Sequence[Shard]) -> DatasetInd
         num_bytes_N=num_bytes_N,
         files={shard.name: shard.num_bytes for shard in shards},
         offsets_N=np.array([image.offset for image in images], dtype=np.int64),
-        notes=labels.notes,
+        notes=(*_twice(samples.images), *labels.notes),
     )
+
+
+def _twice(images: Sequence[Image]) -> tuple[Note, ...]:
+    """Return the note on members that have the name of an earlier one in their tar, as `tar --append` leaves them."""
+    names = Counter(image.name for image in images)
+    if not (num := len(images) - len(names)):
+        return ()
+    (name, times), *_ = names.most_common(1)
+    have = "images have" if num > 1 else "image has"
+    text = f"{num:,} {have} the name of another in the same tar ({name}, {times:,} times); all are used"
+    return (Note(TAKEN, text, num),)
 
 
 def _add_tar(where: str, source: LocalShards | RemoteShards, number: int, shard: Shard, samples: Samples) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cluster.store import Store
 from dataloading.index import DatasetError, DatasetIndex, NoSplit
-from dataloading.layout import AmbiguousLayout
+from dataloading.layout import AmbiguousLayout, Part
 from dataloading.pack import pack
 from dataloading.pack_unit import look_at
 from dataloading.sources import list_images, open_dataset
@@ -564,3 +564,26 @@ def test_files_that_are_missing_by_the_numbers_in_the_names_are_counted(tmp_path
 )
 def test_packing_names_files_of_other_formats_as_the_index_does(first, named):
     assert named in look_at(first).reason
+
+
+def test_images_of_one_name_in_a_tar_are_told(tmp_path):
+    tar(tmp_path / "train-0.tar", [("a.png", PNG), ("b.png", PNG), ("a.png", png(9))])
+    told = notes_of(open_dataset("auto", str(tmp_path), "train").index, "taken")
+    assert told[1] == "1 image has the name of another in the same tar (train-0.tar/a.png, 2 times); all are used"
+
+
+@pytest.mark.parametrize(
+    ("split", "folder"),
+    [("train-*-of-00002*", "train"), ("val.parquet", "val"), ("*-a-*.tar", "train"), ("holdout", "holdout")],
+)
+def test_patterns_and_file_names_are_packed_into_the_folder_of_their_split(split, folder):
+    assert Part(split).folder == folder
+
+
+def test_a_root_with_braces_or_a_tar_as_the_root_says_how_files_are_named(tmp_path):
+    tar(tmp_path / "train-0.tar", [("a.png", PNG)])
+    with pytest.raises(DatasetError, match=r"--data\.train_split 'train-\*\.tar'"):
+        open_dataset("auto", str(tmp_path / "train-{0..3}.tar"), "train")
+    with pytest.raises(DatasetError, match=r"Name the folder that holds it; .* --data\.train_split train-0\.tar"):
+        open_dataset("auto", str(tmp_path / "train-0.tar"), "train")
+    assert open_dataset("auto", str(tmp_path), "train-*.tar").index.num_rows == 1
