@@ -78,8 +78,9 @@ class Part:
     @property
     def option(self) -> str:
         """The options that name the split."""
-        side = "test" if set(self.kinds) & {"test", "val"} else "train"
-        return f"--data.{side}_split NAME (index, pack and embed: --split NAME)"
+        options = {"train": "--data.train_split NAME", "test": "--data.test_split NAME"}
+        sides = [options["train" if kind == "train" else "test"] for kind in self.kinds[:1]] or options.values()
+        return f"{' or '.join(sides)} (index, pack and embed: --split NAME)"
 
 
 CONFIG_OPTION = "--data.config NAME (index and pack: --config NAME)"

@@ -121,7 +121,7 @@ def _choice(names: list[str], found: list[str], part: Part, where: str, what: st
     left = sorted(set(names) - set(kept))
     shown = f"{kept[0]} to {kept[-1]}" if len(kept) > 1 else kept[0]
     singular = what if len(kept) > 1 else what.removesuffix("s")
-    taken = Note(TAKEN, f"{part.split} is {len(kept):,} {singular}: {shown}", len(kept))
+    taken = Note(TAKEN, f"from {len(kept):,} {singular}: {shown}", len(kept))
     rest = unused(left, what if len(left) > 1 else what.removesuffix("s"))
     return FilesChoice(tuple(kept), (taken, *rest, *about))
 

@@ -106,7 +106,7 @@ def choose_folder(tree: Tree, part: Part, *, where: str) -> list[FolderChoice]:
         if part.kinds != ("train",):
             raise _no_split(tree, part, where)
         _require_no_likeness(tree, where)
-        return [FolderChoice("", notes=(Note(TAKEN, f"{part.split} is all that is there: no folder is a split"),))]
+        return [FolderChoice("", notes=(Note(TAKEN, "all that is there: no folder is a split"),))]
     found = [named] if named else _of_kinds(tree, level, part, where)
     if not found:
         raise _no_split(tree, part, where)
@@ -133,7 +133,7 @@ def _choice(tree: Tree, level: _Level, name: str, part: Part) -> FolderChoice:
     others = tuple(_unwrapped(tree, join(level.at, other)) for other in level.kind_of if other != name)
     beside = [join(level.at, other) for other in level.beside if other not in (name, *level.kind_of)]
     beside = [path for path in (*_beside_path(tree, level.at), *beside) if tree.holds_images_below(path)]
-    taken = Note(TAKEN, f"{part.split} is the folder {base}" + (f"; other splits: {some(others)}" if others else ""))
+    taken = Note(TAKEN, f"from the folder {base}" + (f"; other splits: {some(others)}" if others else ""))
     return FolderChoice(base, others, (taken, *unused(beside, "folders" if len(beside) > 1 else "folder")))
 
 
@@ -175,7 +175,7 @@ def _literal(tree: Tree, part: Part, where: str) -> FolderChoice:
     assert part.path is not None
     if not tree.holds_images_below(part.path):
         raise NoSplit(f"no images in {join(where, part.path)}: expected them there, as the split {part.split!r} says")
-    note = Note(TAKEN, f"{part.split} is all below {part.path or 'the data root'}, as it was named")
+    note = Note(TAKEN, f"all below {part.path or 'the data root'}, as it was named")
     return FolderChoice(part.path, notes=(note,), is_literal=True)
 
 

@@ -101,11 +101,11 @@ def _bad_rows(dataset: Dataset, damaged: DamagedRows, lost: dict[int, str]) -> I
         yield BadRow(row, dataset.index.names[row], reasons.get(row) or lost[row])
 
 
-def left_out_text(damaged: Sequence[BadRow], num_rows: int, what: str) -> str:
-    """Return how many images have no feature, and which. what: the images, as in "test images"."""
+def left_out_text(damaged: Sequence[BadRow], num_rows: int, what: str, outcome: str = "are left out") -> str:
+    """Return how many images have no feature, what follows, and which they are. what: as in "test images"."""
     shown = "; ".join(f"{bad.name}: {bad.reason}" for bad in damaged[:_NUM_SHOWN])
     more = f"; and {len(damaged) - _NUM_SHOWN:,} more" if len(damaged) > _NUM_SHOWN else ""
-    return f"{len(damaged):,} of {num_rows:,} {what} cannot be used and are left out ({shown}{more})"
+    return f"{len(damaged):,} of {num_rows:,} {what} cannot be used and {outcome} ({shown}{more})"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from instdisc.config import MAY_CHANGE_ON_RESUME, TrainConfig, require_fitting_i
 from instdisc.config_effects import refuse_idle
 from instdisc.config_sections import ConfigError
 from instdisc.overrides import flatten
+from instdisc.progress import counted
 from instdisc.recipes import starting_point
 from instdisc.runs import Run, RunResult, read_curves, usable_workers
 from instdisc.start_advice import advice, keeps, of_workers
@@ -109,8 +110,10 @@ def _say_what_is_not_applied(config: TrainConfig, place: Run, on_event: OnEvent 
     changed = [name for name in now if name in MAY_CHANGE_ON_RESUME and before[name] != now[name]]
     if changed and on_event:
         text = f"the run is finished: {', '.join(changed)} not applied"
-        if any(name.startswith("eval.") for name in changed):
-            text += f"; `{command_line('knn', place.uri)}` evaluates anew"
+        options = {"eval.k": "--k", "eval.temperature": "--temperature"}
+        given = [word for name in changed if name in options for word in (options[name], str(now[name]))]
+        if given:
+            text += f"; `{command_line('knn', place.uri, *given)}` evaluates anew"
         on_event({"kind": "message", "text": text})
 
 
@@ -186,11 +189,11 @@ def _least_and_most(workers: int | str | tuple[int, int]) -> tuple[int, int]:
 def _starting(least: int, most: int, launcher: str, address: str | None) -> str:
     if most == 0:
         return "starting in this process"
+    workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
     if launcher == "local":
-        return f"starting {most} worker processes"
-    workers = str(most) if least == most else f"{least} to {most}"
+        return f"starting {workers} in plain processes"
     place = address or os.environ.get("RAY_ADDRESS")
-    return f"starting {workers} workers on " + (f"the Ray cluster at {place}" if place else "a Ray of our own here")
+    return f"starting {workers} on " + (f"the Ray cluster at {place}" if place else "a Ray of our own here")
 
 
 def train_worker(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:

@@ -131,6 +131,11 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest_s:02d}" if hours else f"{minutes}:{rest_s:02d}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and what it counts."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def in_bytes(num_bytes: int) -> str:
     """Return a number of bytes with three figures: "512 B", "1.23 MB", "45.6 GB"."""
     # Compared after rounding: 999,999 bytes are 1.00 MB and not 1,000 kB.

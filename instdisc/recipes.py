@@ -208,7 +208,7 @@ def made_from(name: str, overrides: Mapping[str, Any]) -> TrainConfig:
     if name not in RECIPES:
         likely = difflib.get_close_matches(name, RECIPES, n=1)
         advice = f"did you mean {likely[0]}? " if likely else ""
-        raise ConfigError(f"unknown recipe {name!r}: {advice}There are {', '.join(RECIPES)}.")
+        raise ConfigError(f"unknown recipe {name!r}: {advice}expected one of {', '.join(RECIPES)}")
     config = RECIPES[name]()
     if "data.root" in overrides and config.data.root is not None:
         overrides = {"data.kind": "auto", "data.download": False, **overrides}

@@ -35,6 +35,7 @@ from dataloading.index import DatasetIndex
 from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, as_begun, resume_differences
 from instdisc.config_sections import METRICS, ConfigError
+from instdisc.progress import counted
 from instdisc.recipes import left_open
 
 CONFIG = "config.json"
@@ -269,7 +270,7 @@ def usable_workers(config: TrainConfig, least: int, most: int) -> tuple[int, str
     groups = most if size is None else -(-batch // size)
     if most <= groups:
         return most, ""
-    found = f"a batch of {batch} images has {groups} group(s) of optim.norm_group={size} for BatchNorm"
+    found = f"a batch of {batch} images has {counted(groups, 'group')} of optim.norm_group={size} for BatchNorm"
     if least <= groups:
         return groups, f"at most {groups} of {most} workers have work: {found}"
     finer = _with_norm_group(config, least).optim.norm_group

@@ -34,8 +34,8 @@ def _of_the_schedule(config: TrainConfig) -> list[str]:
         share = made.warmup_epochs / made.epochs if 0 < made.warmup_epochs < made.epochs else 0.1
         reached = min(1.0, epochs / optim.warmup_epochs)
         found.append(
-            f"optim.warmup_epochs is {optim.warmup_epochs:g} of {epochs:g} epochs: the learning rate rises to "
-            f"{reached:.0%} of optim.lr and never falls. --optim.warmup_epochs {share * epochs:.3g} leaves time for it"
+            f"optim.warmup_epochs is {optim.warmup_epochs:g}, and optim.epochs {epochs:g}: the learning rate rises to "
+            f"{reached:.0%} of optim.lr and never falls. --optim.warmup_epochs {share * epochs:.3g} has time for both"
         )
     return found
 

@@ -10,7 +10,7 @@ from cluster.inventory import Entry, Inventory, State
 from cluster.manifest import describe
 from cluster.pruning import Plan
 from instdisc.cli.output import printable
-from instdisc.progress import in_bytes
+from instdisc.progress import counted, in_bytes
 
 NARROW = 100
 """Columns of a terminal below which the times of day are left out."""
@@ -250,8 +250,3 @@ def _time_of(entry: Entry) -> datetime | None:
     except (TypeError, ValueError):
         return None
     return created.astimezone(UTC) if created.tzinfo else created.replace(tzinfo=UTC)
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number and what it counts."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -104,8 +104,7 @@ def verify_some(options: argparse.Namespace) -> int:
     from cluster.manifest import describe
     from cluster.stored_object import CheckpointError
     from cluster.verification import verify
-    from instdisc.cli.checkpoint_tables import counted
-    from instdisc.progress import BytesTold, Progress, in_bytes
+    from instdisc.progress import BytesTold, Progress, counted, in_bytes
     from instdisc.runs import existing_run
 
     if options.all and (options.step is not None or options.attempt is not None):

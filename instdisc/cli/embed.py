@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     }
     text = f"{out}: {len(features_ND):,} features of {features_ND.shape[1]} numbers, {document['seconds']} s"
     if damaged:
-        told = left_out_text(damaged, len(features_ND), "images")
-        text += f"\n{printable(told)}: their rows are zeros; {list_of_damaged} names them"
+        told = left_out_text(damaged, len(features_ND), "images", "have rows of zeros")
+        text += f"\n{printable(told)}; {list_of_damaged} names them all"
     print(json.dumps(document) if options.json else text)
     return 0

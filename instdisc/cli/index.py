@@ -11,7 +11,7 @@ from dataloading.notes import LABELS
 from instdisc.cli.output import output_file, printable
 from instdisc.config_sections import SOURCE_KINDS
 
-_BY = {"headers": "damaged by their headers", "pixels": "damaged", "packing": "damaged when they were packed"}
+_BY = {"headers": "with damaged headers", "pixels": "damaged", "packing": "damaged when they were packed"}
 _HEADERS_ONLY = "  only the headers were read: training finds what is damaged behind them, `instdisc pack` finds it now"
 
 
@@ -70,7 +70,7 @@ def _as_text(document: dict[str, Any], out: str | None) -> str:
     why = [note["text"] for note in document["notes"] if note["kind"] == LABELS and not classes]
     known = f"{len(classes)} classes" if classes else printable("; ".join(why)) or "no labels"
     lines = [
-        f"{document['source']}: {document['num_rows']:,} images, {known}, {bad} ({document['seconds']} s)",
+        f"{document['source']}: {document['num_rows']:,} images, {bad}, {known} ({document['seconds']} s)",
         f"  digest {document['digest']}",
     ]
     lines += [f"  {printable(note['text'])}" for note in document["notes"] if note["text"] not in why]

@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from instdisc.progress import Progress
     from instdisc.runs import RunError, existing_run
     from instdisc.train.evaluation import KnnEvaluator
+    from instdisc.train.image_sets import notes_of
 
     encoder = load_encoder(options.uri, device="auto")
     data, asked = encoder.config.data, {"k": options.k, "temperature": options.temperature}
@@ -61,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
         "bad_test_images": [asdict(bad) for bad in evaluation.bad_test],
         "bad_training_images": [asdict(bad) for bad in evaluation.bad_training],
         "told": told,
+        "notes": notes_of(train, test),
     }
     shown = {name: "none" if score is None else f"{score:.1f} %" for name, score in scores.items()}
     of = f" of {evaluation.num_test_images:,}" if evaluation.bad_test else ""

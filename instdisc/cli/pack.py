@@ -138,11 +138,13 @@ def _parallel_map(options: argparse.Namespace) -> Any:
 
 
 def _as_text(document: dict[str, Any], keep_bad: bool) -> str:
+    from instdisc.progress import counted
+
     lines = []
     for part in document["splits"]:
         before = ", as it was" if part["was_packed"] else ""
         lines.append(
-            f"{part['split']}: {part['num_rows']:,} images in {part['num_shards']:,} shards, "
+            f"{part['split']}: {part['num_rows']:,} images in {counted(part['num_shards'], 'shard')}, "
             f"{part['num_bytes'] / 1e6:,.1f} MB{before}; {part['num_bad']:,} damaged "
             f"{'and marked' if keep_bad else 'and left out'}"
         )

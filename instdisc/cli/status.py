@@ -77,7 +77,8 @@ def _verdict(status: Status) -> str:
 
 
 def _training_lines(status: Status) -> Iterator[str]:
-    from instdisc.cli.checkpoint_tables import age, counted
+    from instdisc.cli.checkpoint_tables import age
+    from instdisc.progress import counted
     from instdisc.status import State
 
     beat, last = status.beat, status.starts[-1] if status.starts else None
@@ -102,8 +103,8 @@ def _training_lines(status: Status) -> Iterator[str]:
 
 
 def _checkpoint_lines(status: Status) -> Iterator[str]:
-    from instdisc.cli.checkpoint_tables import age, counted
-    from instdisc.progress import in_bytes
+    from instdisc.cli.checkpoint_tables import age
+    from instdisc.progress import counted, in_bytes
     from instdisc.status import saved_bytes
 
     saved, steps = status.saved, "?" if status.steps is None else f"{status.steps:,}"
@@ -129,7 +130,7 @@ def _table(starts: Sequence[Start]) -> list[str]:
 
 def _counts_line(status: Status) -> str:
     from cluster.starts import count
-    from instdisc.cli.checkpoint_tables import counted
+    from instdisc.progress import counted
 
     counts = count(status.starts)
     more = f" (the last {_NUM_SHOWN} starts are shown)" if len(status.starts) > _NUM_SHOWN else ""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from typing import Any
 
+from cluster.credentials import without_credentials
 from instdisc.cli.overrides import parse_overrides
 from instdisc.command_line import command_line, tensorboard_command
 from instdisc.config import TrainConfig
@@ -25,9 +28,13 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "train",
         help="train a recipe; the same command goes on where it stopped",
-        description="Train a recipe. The same command, with the same --run, goes on where it stopped. Ctrl-C, SIGTERM "
-        "and SIGHUP save a checkpoint and end; SIGUSR1 saves one and goes on; a second Ctrl-C ends at once.",
-        epilog=f"recipes: {', '.join(RECIPES)}\n\nfields for --SECTION.FIELD VALUE:\n  " + "\n  ".join(_fields()),
+        description=_wrapped(
+            "Train a recipe. The same command, with the same --run, goes on where it stopped. Ctrl-C, SIGTERM and "
+            "SIGHUP save a checkpoint and end; SIGUSR1 saves one and goes on; a second Ctrl-C ends at once."
+        ),
+        epilog=_wrapped(f"recipes: {', '.join(RECIPES)}")
+        + "\n\nfields for --SECTION.FIELD VALUE:\n  "
+        + "\n  ".join(_fields()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", nargs="?", default="quickstart", help="what to train (default: quickstart)")
@@ -57,11 +64,14 @@ def run(options: argparse.Namespace) -> int:
     if stored is None:
         refuse_idle(config, overrides)  # a run that was begun with such an option goes on
     is_elsewhere = options.address is not None or "RAY_ADDRESS" in os.environ
-    progress, notes = Progress(), []
+    progress, notes, told = Progress(), [], []
 
     def on_event(event: dict[str, Any]) -> None:
-        if "note" in event and event["note"] not in notes:  # those that start anew tell it again
+        # Workers that start anew tell it again.
+        if "note" in event and event["note"] not in notes:
             notes.append(event["note"])
+        if event["kind"] == "message" and (text := without_credentials(event["text"])) not in told:
+            told.append(text)
         progress.update(event)
 
     try:
@@ -78,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         document = {"uri": uri, "step": result.step, "finished": result.finished, "metrics": result.metrics}
         document["summary"] = result.summary
-        print(json.dumps({**document, "notes": notes}))
+        print(json.dumps({**document, "notes": notes, "told": told}))
     elif result.finished:
         print(summary(result, uri, was_finished=already is not None))
     else:
@@ -104,7 +114,7 @@ def summary(result: RunResult, uri: str, *, was_finished: bool) -> str:
     lines = [f"{head}: {result.step:,} steps, run {uri}", *metric_lines(result)]
     folder = Run(uri).folder
     if folder is not None and (folder / NEIGHBOURS).exists():
-        lines.append(f"  picture                 {folder / NEIGHBOURS}")
+        lines.append(f"  {'picture':<24}  {folder / NEIGHBOURS}")
     lines += [
         "Next:",
         f"  {command_line('show', uri)}",
@@ -130,6 +140,11 @@ def metric_lines(result: RunResult) -> list[str]:
         before = f"  (untrained encoder: {points[0][1]:.1f} %)" if name == "knn_top1" and points[0][0] == 0 else ""
         lines.append(f"  {title:<24}{points[-1][1]:6.1f} %{before}")
     return lines
+
+
+def _wrapped(text: str) -> str:
+    """Return a paragraph as argparse wraps it; it leaves alone the texts of a parser that lists fields line by line."""
+    return textwrap.fill(text, max(20, shutil.get_terminal_size().columns - 2), break_on_hyphens=False)
 
 
 def _fields() -> list[str]:

@@ -84,9 +84,11 @@ class Evaluation:
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of what was left out."""
         told = []
+        are_alike = self.bad_test == self.bad_training and self.num_test_images == self.num_training_images
         if self.bad_test:
-            told.append(f"kNN: {left_out_text(self.bad_test, self.num_test_images, 'test images')}")
-        if self.bad_training:
+            what = "test images, and the same of the training images," if are_alike else "test images"
+            told.append(f"kNN: {left_out_text(self.bad_test, self.num_test_images, what)}")
+        if self.bad_training and not are_alike:
             told.append(f"kNN: {left_out_text(self.bad_training, self.num_training_images, 'training images')}")
         # Rows of damaged images are never written, and where none is written yet the bank is no gallery at all.
         if len(self.bad_training) < self.num_unwritten < self.num_training_images:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore - generated code
 
 from cluster.store import Store
+from instdisc.progress import counted
 from instdisc.train.event_file import EventFile, event_file_name
 
 SHORTEST_S, LONGEST_S = 30.0, 600.0
@@ -89,7 +90,7 @@ class EventMirror:
             if not missing:
                 return None
             why = self._reason or f"it took longer than {CLOSE_S:.0f} s"
-            return f"the last TensorBoard events did not reach {self._store.uri} ({missing} file(s)): {why}"
+            return f"the last TensorBoard events did not reach {self._store.uri} ({counted(missing, 'file')}): {why}"
         if not self._reason or self._has_told:
             return None
         self._has_told = True

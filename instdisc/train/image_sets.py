@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 from cluster.worker import Worker
 from dataloading.index import Dataset, DatasetChanged, DatasetError, NoSplit
 from dataloading.layout import AmbiguousLayout
+from dataloading.notes import TAKEN, Note
 from dataloading.pixel_rules import PixelRules
 from dataloading.sources import SCANNED_KINDS, kind_of
 from instdisc.config import TrainConfig
@@ -70,11 +72,24 @@ def _other_rules(dataset: Dataset) -> str:
     )
 
 
-def tell_notes(worker: Worker, name: str, dataset: Dataset | None) -> None:
-    """Tell what was taken for what and what is left out of the training or test images."""
-    for note in () if dataset is None else dataset.index.notes:
-        told = {"images": name, **note.to_plain()}
-        worker.emit({"kind": "message", "text": f"{name} images: {note.text}", "keep": True, "note": told})
+def notes_of(train_set: Dataset, test_set: Dataset | None) -> list[dict[str, Any]]:
+    """Return what was taken for what and what is left out, as JSON has it; what holds of both sets is there once.
+
+    "images" says of which set: "training", "test", or "training and test".
+    """
+    sets_of: dict[Note, list[str]] = {}
+    for name, dataset in (("training", train_set), ("test", test_set)):
+        for note in () if dataset is None else dict.fromkeys(dataset.index.notes):
+            sets_of.setdefault(note, []).append(name)
+    first = sorted(sets_of, key=lambda note: note.kind != TAKEN)
+    return [{"images": " and ".join(sets_of[note]), **note.to_plain()} for note in first]
+
+
+def tell_notes(worker: Worker, train_set: Dataset, test_set: Dataset | None) -> None:
+    """Tell what was taken for what and what is left out."""
+    for note in notes_of(train_set, test_set):
+        text = f"{note['images']} images: {note['text']}"
+        worker.emit({"kind": "message", "text": text, "keep": True, "note": note})
 
 
 def open_test_set(config: TrainConfig, on_missing: Callable[[str], None] | None = None) -> Dataset | None:

@@ -52,8 +52,7 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
         config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
     )
     require_same_images(worker, train_set, test_set)
-    tell_notes(worker, "training", train_set)
-    tell_notes(worker, "test", test_set)
+    tell_notes(worker, train_set, test_set)
     training = Training(worker, config, run, train_set, test_set)
     try:
         return training.run_to_end()

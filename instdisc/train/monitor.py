@@ -22,6 +22,7 @@ from instdisc.bad_images import BAD_IMAGES
 from instdisc.config import TrainConfig
 from instdisc.memory_bank import NEVER
 from instdisc.pictures import image_grid
+from instdisc.progress import counted, in_bytes
 from instdisc.runs import Run
 from instdisc.train.bank_health import BankHealth, DeadBankError, problems, sample_places
 from instdisc.train.cluster_events import ClusterEvents
@@ -59,7 +60,7 @@ class Monitor:
 
     def announce(self, state: TrainState, plan: BatchPlan) -> None:
         """Tell what follows from the configuration, before the first step."""
-        worker, bank = self._worker, state.bank
+        worker, bank, system = self._worker, state.bank, self._config.system
         bank_bytes = bank.rows.numel() * bank.rows.element_size()
         parameters = sum(p.numel() for p in state.encoder.parameters())
         # Weights and their momenta, and the whole bank with the step of each row's last write.
@@ -70,11 +71,11 @@ class Monitor:
             f"BatchNorm over groups of {plan.norm_group} images: the same result, up to rounding, on 1 to "
             f"{plan.num_groups} workers"
             if plan.num_groups > 1
-            else "BatchNorm over whole batches: on one worker",
-            f"{max(1, worker.world_size)} worker(s) on {worker.device.type} in {self._config.system.precision}, "
-            f"{worker.num_threads} thread(s) each for torch and data together",
-            f"encoder {parameters / 1e6:.2f} M parameters, memory bank {_readable(bank_bytes)} a worker, "
-            f"checkpoint about {_readable(checkpoint_bytes)}",
+            else f"BatchNorm over the whole batch of {plan.global_batch} images, so on one worker",
+            f"{counted(max(1, worker.world_size), 'worker')} on {worker.device.type} in {system.precision}, "
+            f"{counted(worker.num_threads, 'thread')} a worker for torch and data together",
+            f"encoder {parameters / 1e6:.2f} M parameters, memory bank {in_bytes(bank_bytes)} a worker, "
+            f"checkpoint about {in_bytes(checkpoint_bytes)}",
         ]
         for line in lines:
             worker.emit({"kind": "message", "text": line, "keep": True})
@@ -253,7 +254,7 @@ class Monitor:
         """Tell of damaged images, once; the report has the rest."""
         if not self._told_bad:
             self._told_bad = True
-            self.warn(f"{num_bad:,} damaged image(s) so far are replaced in training; {BAD_IMAGES} names them")
+            self.warn(f"{counted(num_bad, 'damaged image')} so far, replaced in training; listed in {BAD_IMAGES}")
 
     def warn(self, text: str) -> None:
         """Tell something that a person should know, beside the progress line."""
@@ -311,12 +312,3 @@ def _bank_values(by_rank: Sequence[BankHealth]) -> dict[str, float | None]:
         ),
         "bank/effective_rank": min((h.effective_rank for h in by_rank if h.effective_rank is not None), default=None),
     }
-
-
-def _readable(num_bytes: float) -> str:
-    """Return a number of bytes in the unit that suits it."""
-    for unit in ("bytes", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"

@@ -98,7 +98,7 @@ def test_the_folder_of_a_split_is_found_and_told(tmp_path, layout, kind):
         index = opened(tmp_path, split, kind)
         assert list(index.names) == sorted(p.removeprefix(f"{folder}/") for p in paths if p.startswith(f"{folder}/"))
         assert index.class_names == classes
-        assert notes_of(index, "taken")[0].startswith(f"{split} is the folder {folder}")
+        assert notes_of(index, "taken")[0].startswith(f"from the folder {folder}")
 
 
 AMBIGUOUS = {
@@ -446,7 +446,7 @@ def test_a_file_of_another_format_is_named_and_a_large_image_is_not_called_damag
     assert [reason for reason, begin in zip(reasons, found, strict=True) if not reason.startswith(begin)] == []
     assert main(["index", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "6 damaged by their headers, 1 too large" in printed
+    assert "6 with damaged headers, 1 too large" in printed
     assert "no labels: the images are in no class folders" in printed.splitlines()[0]
     assert "only the headers were read" in printed
 
@@ -456,7 +456,7 @@ def test_index_tells_in_json_what_was_taken_and_what_not(tmp_path, capsys):
     assert main(["index", str(tmp_path), "--config", "b", "--json"]) == 0
     notes = json.loads(capsys.readouterr().out)["notes"]
     assert [note["kind"] for note in notes] == ["taken", "unused", "labels"]
-    assert notes[0]["text"] == "train is the folder b/Train; other splits: b/Test"
+    assert notes[0]["text"] == "from the folder b/Train; other splits: b/Test"
     assert main(["index", str(tmp_path)]) == 2
     assert "--data.config NAME (index and pack: --config NAME)" in capsys.readouterr().err
 
@@ -481,13 +481,25 @@ def test_a_split_is_found_below_folders_with_its_name_and_beside_numbers(tmp_pat
     for split, folder, path in (("train", train, paths[0]), ("test", test, paths[1])):
         index = opened(tmp_path, split, kind)
         assert list(index.names) == [path.removeprefix(f"{folder}/")]
-        assert notes_of(index, "taken")[0].startswith(f"{split} is the folder {folder}")
+        assert notes_of(index, "taken")[0].startswith(f"from the folder {folder}")
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [
+        ("train", "--data.train_split NAME"),
+        ("val", "--data.test_split NAME"),
+        ("night", "--data.train_split NAME or --data.test_split NAME"),
+    ],
+)
+def test_the_options_that_may_name_a_split_are_told(split, options):
+    assert Part(split).option == f"{options} (index, pack and embed: --split NAME)"
 
 
 def test_a_test_folder_without_images_does_not_hide_val_nor_make_splits_of_classes(tmp_path):
     lay_out(tmp_path / "a", "train/1.png", "val/2.png")
     (tmp_path / "a/test").mkdir()
-    assert notes_of(opened(tmp_path / "a", "test", "folder"), "taken")[0].startswith("test is the folder val")
+    assert notes_of(opened(tmp_path / "a", "test", "folder"), "taken")[0].startswith("from the folder val")
     lay_out(tmp_path / "b", "cat/1.png", "dog/2.png")
     (tmp_path / "b/eval").mkdir()
     (tmp_path / "b/eval/scores.json").write_text("{}")

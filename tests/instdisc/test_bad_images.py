@@ -43,8 +43,13 @@ def train(root, uri, *more):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_images_are_named_in_the_run_and_do_not_stop_it(root, tmp_path, workers, capsys):
     uri = tmp_path / "run"
-    assert train(root, uri, "--workers", str(workers), "--data.max_bad_share", "0.5") == 0
-    assert "1 damaged image(s) so far are replaced in training; bad_images.jsonl names them" in capsys.readouterr().err
+    assert train(root, uri, "--workers", str(workers), "--data.max_bad_share", "0.5", "--json") == 0
+    printed = capsys.readouterr()
+    assert "1 damaged image so far, replaced in training; listed in bad_images.jsonl" in printed.err
+    document = json.loads(printed.out)
+    assert [text for text in document["told"] if "damaged image" in text] == [
+        "warning: 1 damaged image so far, replaced in training; listed in bad_images.jsonl"
+    ]
     lines = [json.loads(line) for line in (uri / "bad_images.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == sorted([*TRUNCATED, *UNREADABLE])
     assert [line["name"] for line in lines] == ["05.jpg", "11.jpg", "17.jpg"]

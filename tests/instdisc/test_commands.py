@@ -214,7 +214,7 @@ def test_a_start_that_found_no_images_decides_nothing(root, tmp_path, capsys):
     assert train(root, uri, "--data.kind", "folder") == 2
     assert train(root, uri, "--objective.temperature", "0.3") == 0
     assert train(root, uri, "--objective.temperature", "0.3", "--eval.k", "3") == 0
-    assert "eval.k not applied" in capsys.readouterr().err
+    assert "eval.k not applied; `instdisc knn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.json", "results.json"])
@@ -305,6 +305,15 @@ def open_and_tell(worker, root, uri):
     return bool(scanned)
 
 
+def test_the_help_of_train_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "  data.train_split" in lines, "a field a line"
+
+
 def test_what_is_left_out_is_told_once_at_the_start_and_a_named_split_is_never_passed_over(tmp_path):
     for place in ("train/a/1.png", "train/b/2.png", "train/banner.png", "dev/1.png", "extra/3.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
@@ -314,15 +323,16 @@ def test_what_is_left_out_is_told_once_at_the_start_and_a_named_split_is_never_p
     run_local(open_and_tell_notes, 0, str(tmp_path), on_event=events.append)
     told = [event["text"] for event in events if event["kind"] == "message"]
     assert told == [
-        "training images: train is the folder train; other splits: dev",
-        "training images: 1 folder not used: extra",
+        "training images: from the folder train; other splits: dev",
+        "test images: from the folder dev; other splits: train",
+        "training and test images: 1 folder not used: extra",
         "training images: 1 other file left out: 1 .heic",
         "training images: no labels: banner.png is in no class folder",
-        "test images: test is the folder dev; other splits: train",
-        "test images: 1 folder not used: extra",
         "test images: no labels: 1.png is in no class folder",
     ]
-    assert [event["note"]["images"] for event in events if "note" in event] == ["training"] * 4 + ["test"] * 3
+    assert [event["note"]["images"] for event in events if "note" in event] == [
+        text.partition(" images: ")[0] for text in told
+    ]
     named = instdisc.recipe(
         "quickstart", **{"data.root": str(tmp_path), "data.kind": "folder", "data.test_split": "night"}
     )
@@ -332,8 +342,7 @@ def test_what_is_left_out_is_told_once_at_the_start_and_a_named_split_is_never_p
 
 def open_and_tell_notes(worker, root):
     config = instdisc.recipe("quickstart", **{"data.root": root, "data.kind": "folder"})
-    for name, dataset in (("training", open_images(config.data, "train")), ("test", open_test_set(config))):
-        tell_notes(worker, name, dataset)
+    tell_notes(worker, open_images(config.data, "train"), open_test_set(config))
 
 
 def open_own_images(worker, places):

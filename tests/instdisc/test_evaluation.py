@@ -15,12 +15,14 @@ from torch import nn
 
 import instdisc
 from cluster.worker import Worker, run_local
+from dataloading.damaged import BadRow
 from dataloading.index import Dataset
 from dataloading.sources import open_dataset
 from instdisc.cli.main import main
 from instdisc.config import TrainConfig
 from instdisc.embedding import embed_rows
 from instdisc.evaluate.classes import NoAccuracy, labels_of_queries
+from instdisc.evaluate.knn import Neighbours
 from instdisc.train.evaluation import Evaluation, KnnEvaluator
 from instdisc.train.neighbours import draw_neighbours
 
@@ -181,6 +183,21 @@ def test_an_image_is_not_its_own_neighbour(undamaged, evaluated):
         ]
 
 
+def test_what_cannot_be_used_of_a_set_that_is_gallery_and_queries_is_told_once():
+    bad = (BadRow(3, "a/train3.png", "cut off"),)
+    neighbours = Neighbours(*(torch.zeros((0, 1)) for _ in range(3)))
+    evaluation = Evaluation({}, neighbours, num_test_images=18, num_training_images=18, bad_test=bad, bad_training=bad)
+    assert evaluation.left_out() == [
+        "kNN: 1 of 18 test images, and the same of the training images, cannot be used and are left out "
+        "(a/train3.png: cut off)"
+    ]
+    other = replace(evaluation, num_training_images=24)
+    assert [text.split(" cannot")[0] for text in other.left_out()] == [
+        "kNN: 1 of 18 test images",
+        "kNN: 1 of 24 training images",
+    ]
+
+
 def test_an_image_is_not_its_own_neighbour_in_raw_pixels_either(tmp_path):
     write_images(tmp_path, "train", 6, 0, 16)
     train, _ = sets_of(tmp_path, "train")
@@ -276,6 +293,7 @@ def test_the_command_knn_counts_as_the_run_does_and_says_so(finished, capsys):
     assert (document["num_queries"], document["num_test_images"]) == (7, 12)
     assert [bad["name"] for bad in document["bad_training_images"]] == ["a/train0.png", "c/train7.png"]
     assert [bad["row"] for bad in document["bad_test_images"]] == [0, 1, 2, 3, 6]
+    assert {(note["images"], note["kind"]) for note in document["notes"]} == {("training", "taken"), ("test", "taken")}
     assert main(["knn", uri]) == 0
     printed = capsys.readouterr().out
     assert "on 7 of 12 test images: " in printed
@@ -292,7 +310,7 @@ def test_embed_names_the_rows_that_have_no_feature(finished, tmp_path, capsys):
     assert rows == [json.loads(line)["row"] for line in listed.read_text().splitlines()] == [0, 1, 2, 3, 6]
     assert np.flatnonzero(np.linalg.norm(np.load(out), axis=1) == 0).tolist() == rows
     assert main(["embed", uri, "--out", str(out)]) == 0
-    assert "2 of 24 images cannot be used and are left out (a/train0.png: " in capsys.readouterr().out
+    assert "2 of 24 images cannot be used and have rows of zeros (a/train0.png: " in capsys.readouterr().out
     assert [json.loads(line)["row"] for line in listed.read_text().splitlines()] == [0, 23]
 
 

@@ -86,7 +86,7 @@ def test_a_refused_first_start_stores_nothing(tmp_path):
 def test_a_run_grows_to_as_many_workers_as_it_has_groups():
     most, why = usable_workers(recipe("imagenet-npid-r18"), 1, 16)
     assert most == 8
-    assert why.startswith("at most 8 of 16 workers have work: a batch of 256 images has 8 group(s)")
+    assert why.startswith("at most 8 of 16 workers have work: a batch of 256 images has 8 groups")
     assert usable_workers(recipe("imagenet-npid-r18"), 1, 8) == (8, "")
     assert usable_workers(recipe("imagenet-npid-r18"), 0, 0) == (0, "")
 

@@ -38,7 +38,7 @@ def test_a_recipe_as_it_is_needs_no_advice(name):
         ("imagenet-npid-r18", {"optim.epochs": 150}, "160 lie beyond the 150 epochs: .* does not fall there"),
         ("imagenet-npid-r18", {"optim.milestones": (250.0,)}, "250 lie beyond the 200 epochs"),
         ("cifar10-npid", {"optim.epochs": 10, "optim.warmup_epochs": 20, "optim.schedule": "constant"}, "rises to 50%"),
-        ("quickstart", {"optim.epochs": 5}, "optim.warmup_epochs is 9 of 5 epochs"),
+        ("quickstart", {"optim.epochs": 5}, "optim.warmup_epochs is 9, and optim.epochs 5"),
         ("quickstart", {"optim.warmup_epochs": 22}, "rises to 100% of optim.lr and never falls"),
     ],
 )
@@ -130,9 +130,9 @@ def test_everything_is_told_before_the_workers_start(tmp_path):
     texts = [event["text"] for event in told if "text" in event]
     start = texts.index("starting in this process")
     before, after = texts[:start], texts[start + 1 :]
-    assert sum(text.startswith("warning: optim.warmup_epochs is 9 of 0.5 epochs") for text in before) == 1
+    assert sum(text.startswith("warning: optim.warmup_epochs is 9, and optim.epochs 0.5: ") for text in before) == 1
     assert sum(text.startswith("warning: elastic.silence_s=5.0: no effect") for text in before) == 1
-    assert "BatchNorm over whole batches: on one worker" in after
+    assert "BatchNorm over the whole batch of 32 images, so on one worker" in after
     assert any("on cpu in float32" in text for text in after)
     assert any("system.channels_last=on has no effect on a processor" in text for text in after)
     kept = Run(str(tmp_path)).config()

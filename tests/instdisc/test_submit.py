@@ -224,7 +224,7 @@ def test_train_in_a_plain_ray_job_writes_plain_lines_and_keeps_its_exit_codes(he
 
     code, told = job("--optim.epochs", "6")
     assert code == 0, told
-    assert "starting 1 workers on the Ray cluster at 127.0.0.2" in told
+    assert "starting 1 worker on the Ray cluster at 127.0.0.2" in told
     assert "/36 (" in told
     assert "Finished: 36 steps" in told
     assert "\x1b[K" not in told
