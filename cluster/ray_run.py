@@ -52,46 +52,49 @@ class RayRun:
         self._on_event = on_event
         self._result: Any = None
         self._error: Exception | None = None
+        # Of a thread whose join() a signal interrupted, Python 3.11 and 3.12 say that it has ended.
+        self._has_ended = threading.Event()
 
     def finish(self) -> Any:
         """Run to the end, hand out events on the way, return rank 0's result or raise what went wrong."""
         thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         thread.start()
         try:
-            self._watch(thread)
+            self._watch()
             if self._error is not None:
                 raise self._cause(ray.get(self._mailbox.failures.remote(), timeout=MAILBOX_TIMEOUT_S))
             return self._result
         finally:
             with held():
-                self._end(thread)
+                self._end()
 
-    def _watch(self, thread: threading.Thread) -> None:
+    def _watch(self) -> None:
         """Pass events and the wish to stop on until the end."""
         stop_sent = False
-        while thread.is_alive():
-            thread.join(POLL_INTERVAL_S)
+        while not self._has_ended.wait(POLL_INTERVAL_S):
             self._take()
             if self._interrupts.requested and not stop_sent:
                 stop_sent = True
                 self._mailbox.request_stop.remote()
         self._take()
 
-    def _end(self, thread: threading.Thread) -> None:
+    def _end(self) -> None:
         """End what still runs, first of all the thread: Ray ends a process in which one uses it after its shutdown."""
         deadline = time.monotonic() + END_TIMEOUT_S
-        while thread.is_alive() and time.monotonic() < deadline:
+        while not self._has_ended.is_set() and time.monotonic() < deadline:
             with contextlib.suppress(RayError):
                 controller: Any = ray.get(self._mailbox.controller.remote(), timeout=END_TIMEOUT_S)
                 if controller is not None:
                     ray.kill(controller)  # and with it its workers
-            thread.join(POLL_INTERVAL_S)
+            self._has_ended.wait(POLL_INTERVAL_S)
 
     def _fit(self) -> None:
         try:
             self._result = self._trainer.fit().return_value
         except Exception as error:
             self._error = error
+        finally:
+            self._has_ended.set()
 
     def _take(self) -> None:
         for event in ray.get(self._mailbox.take.remote(), timeout=MAILBOX_TIMEOUT_S):

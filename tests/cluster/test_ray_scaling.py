@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -25,11 +27,13 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from cluster.attempts import record_start, win_number
 from cluster.coordination import CoordinatorSpec
 from cluster.failures import Preempted, describe
+from cluster.interrupts import Interrupts
 from cluster.ray_fork_server import IDLE_S
 from cluster.ray_machines import Machine, room
 from cluster.ray_mailbox import Order, Orders, Post, start_mailbox
 from cluster.ray_restart_limit import MOST_AWAY_S, MOST_RESTARTS, RestartLimit, TooManyRestartsError
 from cluster.ray_restarts import Restarts
+from cluster.ray_run import RayRun
 from cluster.ray_scaling import PREPARE_AGAIN_S, RELEASE_S, WAIT_S, GroupSizing
 from cluster.ray_session import ray_session
 from cluster.ray_start_watch import StartWatch
@@ -533,3 +537,21 @@ def test_a_preemption_can_be_pickled():
     error = pickle.loads(pickle.dumps(Preempted(7)))
     assert (error.step, str(error)) == (7, str(Preempted(7)))
     assert replace(WorkerRange(least=1, most=2), most=3).most == 3
+
+
+def test_a_run_that_a_signal_interrupts_ends_the_thread_that_uses_ray_first(mailbox):
+    class Trainer:
+        def fit(self):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.0)
+            ended.set()
+            raise RuntimeError("its controller is gone")
+
+    ray.get(mailbox.take.remote())
+    ended = threading.Event()
+    with Interrupts() as interrupts:
+        run = RayRun(Trainer(), mailbox, interrupts, print)
+        with pytest.raises(KeyboardInterrupt):
+            run.finish()
+    assert ended.is_set(), "Ray would be shut down under it, which ends this process"
