@@ -205,7 +205,8 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path):
     other = open_dataset("folder", str(tmp_path), "train")
     assert other.pixels_NHWC is None
     assert other.read is not None
-    again = open_dataset("folder", str(tmp_path), "train", max_rows=150, index=dataset.index)
+    (tmp_path / "150.png").unlink()
+    again = open_dataset("folder", str(tmp_path), "train", index=dataset.index)
     np.testing.assert_array_equal(again.pixels_NHWC, dataset.pixels_NHWC)
 
 
@@ -427,7 +428,7 @@ def test_labels_are_checked_and_left_out_where_one_is_missing(tmp_path, labels, 
 
 def test_parquet_without_images_or_cut_off_is_refused(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "train.parquet")
-    with pytest.raises(DatasetError, match="found columns text; expected a column image or img"):
+    with pytest.raises(DatasetError, match=r"found columns text \(string\); expected a column image or img"):
         open_dataset("parquet", str(tmp_path), "train")
     (tmp_path / "train.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-20])
     with pytest.raises(DatasetError, match="not a whole parquet file"):
