@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from uuid import uuid4
 
@@ -79,12 +79,11 @@ class LocalFiles:
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all files below a folder, temporary ones excepted; [] where there is no folder."""
-        found = []
-        for path in _walk(folder):
-            if not os.path.basename(path).startswith(TEMPORARY):
-                with suppress(FileNotFoundError):  # removed meanwhile
-                    found.append((path, os.stat(path).st_size))
-        return found
+        return [(path, status.st_size) for path, status in _files(folder)]
+
+    def versions(self, folder: str) -> dict[str, str]:
+        """Return the times of all files below a folder, as they were written last, by path."""
+        return {path: str(status.st_mtime_ns) for path, status in _files(folder)}
 
     def delete(self, path: str) -> None:
         """Remove a file. FileNotFoundError if there is none."""
@@ -151,6 +150,13 @@ def _sync_folder(folder: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _files(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+    for path in _walk(folder):
+        if not os.path.basename(path).startswith(TEMPORARY):
+            with suppress(FileNotFoundError):  # removed meanwhile
+                yield path, os.stat(path)
 
 
 def _walk(folder: str) -> list[str]:

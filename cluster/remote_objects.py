@@ -14,6 +14,8 @@ from cluster.patience import Patience
 from cluster.threads import failures_in_threads
 
 _NUM_THREADS = 16
+_VERSION_NAMES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
+"""What file systems of fsspec call that by which an object is known to be another one, the surest first."""
 _memory_lock = threading.Lock()
 
 
@@ -56,10 +58,20 @@ class RemoteObjects:
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder; [] where there is none."""
+        return [(path, int(about["size"] or 0)) for path, about in self._found(folder).items()]
+
+    def versions(self, folder: str) -> dict[str, str]:
+        """Return what tells versions of the objects below a folder apart, by path; without those that have nothing."""
+        found = {
+            path: next((about[name] for name in _VERSION_NAMES if about.get(name)), None)
+            for path, about in self._found(folder).items()
+        }
+        return {path: str(version) for path, version in found.items() if version is not None}
+
+    def _found(self, folder: str) -> dict[str, dict[str, Any]]:
         with suppress(FileNotFoundError):
-            found = self._call(lambda: self._files.find(folder, detail=True))
-            return [(path, int(about["size"] or 0)) for path, about in found.items()]
-        return []
+            return self._call(lambda: self._files.find(folder, detail=True))
+        return {}
 
     def delete(self, path: str) -> None:
         """Remove an object. FileNotFoundError if there is none."""

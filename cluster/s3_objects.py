@@ -14,7 +14,7 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 from uuid import uuid4
@@ -133,14 +133,22 @@ class S3Objects:
 
     def list(self, folder: str) -> list[tuple[str, int]]:
         """Return (path, bytes) of all objects below a folder."""
+        return [(path, int(about["Size"])) for path, about in self._listed(folder)]
+
+    def versions(self, folder: str) -> dict[str, str]:
+        """Return the ETags of all objects below a folder, by path."""
+        return {path: about["ETag"] for path, about in self._listed(folder) if about.get("ETag")}
+
+    def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
         bucket, key = split_path(folder)
-        found, more = [], {"Prefix": f"{key}/" if key else ""}
+        more = {"Prefix": f"{key}/" if key else ""}
         while True:
             answer = self._call("list_objects_v2", Bucket=bucket, **more)
-            found += [(f"{bucket}/{about['Key']}", int(about["Size"])) for about in answer.get("Contents", [])]
+            for about in answer.get("Contents", []):
+                if not about["Key"].endswith("/"):  # tools leave empty objects that stand for folders
+                    yield f"{bucket}/{about['Key']}", about
             if not answer.get("IsTruncated"):
-                # Tools leave empty objects that stand for folders.
-                return [(path, size) for path, size in found if not path.endswith("/")]
+                return
             more["ContinuationToken"] = answer["NextContinuationToken"]
 
     def delete(self, path: str) -> None:

@@ -45,6 +45,7 @@ class _Backend(Protocol):
     def get(self, path: str, start: int | None, stop: int | None) -> bytes: ...
     def read_into(self, path: str, target: memoryview, start: int, seen: Seen) -> tuple[int, bool]: ...
     def list(self, folder: str) -> list[tuple[str, int]]: ...
+    def versions(self, folder: str) -> dict[str, str]: ...
     def delete(self, path: str) -> None: ...
     def delete_many(self, paths: Sequence[str]) -> list[tuple[str, Exception]]: ...
     def size(self, path: str) -> int: ...
@@ -143,6 +144,16 @@ class Store:
             found = self._backend().list(where)
         start = len(self.root.rstrip("/")) + 1
         return sorted((path[start:], size) for path, size in found if path[start:].startswith(prefix))
+
+    def versions(self) -> dict[str, str]:
+        """Return, by key, what tells an object apart from one that takes its place (an ETag, the time of a file).
+
+        Objects of which a storage says no such thing are left out.
+        """
+        with self._explained("list", ""):
+            found = self._backend().versions(self.root)
+        start = len(self.root.rstrip("/")) + 1
+        return {path[start:]: version for path, version in found.items()}
 
     def delete(self, key: str) -> None:
         """Remove an object; nothing happens if there is none."""

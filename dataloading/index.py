@@ -9,6 +9,7 @@ Shapes: N rows of the dataset, H height, W width, C = 3 colour channels.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -110,8 +111,12 @@ class DatasetIndex:
     """Size of each encoded image (of its pixels, for a source in memory); None where it was not looked at."""
     files: dict[str, int] = field(default_factory=dict)
     """Byte sizes of the files that hold many images (parquet, tars); empty for other kinds."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """What tells each of `files` apart from another one of its name and size, where the storage says so."""
     offsets_N: NDArray[np.int64] | None = None
     """Where each image begins in its tar; None for other kinds, and where an earlier version listed the tars."""
+    asked: str = ""
+    """Which images were asked for, `dataloading.sources.question`; "" where an earlier version listed them."""
     rules: PixelRules = field(default_factory=PixelRules)
     """How pixels are made of the images' bytes, which decides sizes and what is bad."""
     notes: tuple[Note, ...] = ()
@@ -134,6 +139,15 @@ class DatasetIndex:
 
     def save(self, path: str | Path) -> None:
         """Write the index as a parquet file, whole or not at all."""
+        unfinished = Path(f"{path}.{os.getpid()}.tmp")
+        with open(unfinished, "wb") as file:
+            file.write(self.to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+    def to_bytes(self) -> bytes:
+        """Return the parquet file that `save` writes."""
         names = Names.of(self.names)
         unknown = pa.nulls(len(names), pa.int64())
         columns = [
@@ -151,6 +165,8 @@ class DatasetIndex:
             "digest": self.digest,
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
             "files": self.files,
+            "versions": self.versions,
+            "asked": self.asked,
             "pixels": asdict(self.rules),
             "notes": [note.to_plain() for note in self.notes],
         }
@@ -159,16 +175,22 @@ class DatasetIndex:
             columns.append(pa.array(self.offsets_N, pa.int64()))
             columns_named.append(_OFFSET)
         table = pa.table(columns, names=columns_named).replace_schema_metadata({"index": json.dumps(about)})
-        unfinished = Path(f"{path}.{os.getpid()}.tmp")
-        pq.write_table(table, unfinished, compression="zstd")
-        unfinished.replace(path)
+        file = io.BytesIO()
+        pq.write_table(table, file, compression="zstd")
+        return file.getvalue()
 
     @classmethod
     def load(cls, path: str | Path) -> DatasetIndex:
         """Read an index that `save` wrote. Raises DatasetError for any other file, OSError where it is missing."""
+        return cls.from_bytes(Path(path).read_bytes(), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | Path) -> DatasetIndex:
+        """Return the index in the bytes of a file that `save` wrote. path: its place, for messages. Raises DatasetError
+        for anything else."""
         try:
             # One file read as one file: a path such as "split=train/index.parquet" adds no columns.
-            table = pq.ParquetFile(path).read()
+            table = pq.ParquetFile(pa.BufferReader(data)).read()
             about = json.loads((table.schema.metadata or {}).get(b"index", b"{}"))
         except (pa.ArrowException, ValueError) as error:
             raise _not_an_index(path, str(error)) from error
@@ -187,6 +209,8 @@ class DatasetIndex:
             reasons={whole_number(row): reason for row, reason in about["reasons"].items()},
             num_bytes_N=None if column["num_bytes"].null_count else _numpy(column["num_bytes"], np.int64),
             files=about["files"],
+            versions=about.get("versions", {}),
+            asked=about.get("asked", ""),
             offsets_N=_numpy(table.column(_OFFSET), np.int64) if _OFFSET in table.column_names else None,
             rules=PixelRules.stated(about.get("pixels")),
             notes=told.from_plain(about.get("notes", ())),

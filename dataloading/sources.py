@@ -77,12 +77,10 @@ def open_dataset(
         return open_packed(root, part, **rows, on_progress=on_progress, storage=storage, rules=rules)
     rules = rules or (PixelRules() if index is None else index.rules)
     seen: _Seen = {**rows, "on_progress": on_progress, "rules": rules}
-    if kind == "webdataset":
-        return open_webdataset(root, part, **seen, storage=storage)
-    if kind == "folder" and root is not None and is_remote(root):
-        return open_objects(root, part, **seen, storage=storage)
-    if kind == "folder":
-        return open_folder(root, part, **seen)
+    if kind in SCANNED_KINDS:
+        dataset = _open_scanned(kind, root, part, seen, storage)
+        asked = question(split, config=config, layout_rule=layout_rule, max_rows=max_rows)
+        return replace(dataset, index=replace(dataset.index, asked=asked))
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
         return open_parquet(root, part, **seen, spread=kind not in KINDS)
     if kind == "demo":
@@ -90,6 +88,19 @@ def open_dataset(
     else:
         dataset = open_cifar(KINDS[kind], cifar_root(KINDS[kind], root, download=download), _of_two(part, kind), **rows)
     return replace(dataset, index=replace(dataset.index, rules=rules))  # pixels that are no files obey any rules
+
+
+def question(split: str, *, config: str | None, layout_rule: int, max_rows: int | None) -> str:
+    """Return which images are asked for, wherever they lie: a saved index answers the same question only."""
+    return f"split {split!r}, configuration {config!r}, layout rule {layout_rule}, at most {max_rows} rows"
+
+
+def _open_scanned(kind: str, root: str | None, part: Part, seen: _Seen, storage: Storage | None) -> Dataset:
+    if kind == "webdataset":
+        return open_webdataset(root, part, **seen, storage=storage)
+    if root is not None and is_remote(root):
+        return open_objects(root, part, **seen, storage=storage)
+    return open_folder(root, part, **seen)
 
 
 def list_images(

@@ -21,6 +21,7 @@ from dataloading import notes
 from dataloading.headers import Progress
 from dataloading.index import Dataset, DatasetError, DatasetIndex, Names, list_digest, require_same
 from dataloading.io_threads import IoThreads
+from dataloading.kept_indexes import KeptIndex
 from dataloading.labels import first_labelled
 from dataloading.layout import KIND_OF_WORD, Part
 from dataloading.listing import existing_root, list_files, list_keys
@@ -53,15 +54,31 @@ def open_webdataset(
     storage: Storage | None = None,
 ) -> Dataset:
     """Return the images of WebDataset tars. Arguments and errors as `dataloading.sources.open_dataset`."""
-    listed, read = list_webdataset(root, part, max_rows=max_rows, index=index, storage=storage)
+    keeper = _keeper(root, part, max_rows, rules, storage) if index is None else None
+    kept = None if keeper is None else keeper.load()
+    listed, read = list_webdataset(root, part, max_rows=max_rows, index=index or kept, storage=storage)
     require_same(str(root), index, listed)
+    if kept is not None and (listed.files, listed.versions) == (kept.files, kept.versions):
+        index = kept
     if index is not None and holds(index, rules):
-        return Dataset(index.with_notes(listed.notes), None, read)
+        places = {name: getattr(listed, name) for name in ("num_bytes_N", "files", "versions", "offsets_N")}
+        return Dataset(replace(index, notes=listed.notes, **places), None, read)
     rows = range(listed.num_rows)
     chunks = (list(rows[first : first + _CHUNK]) for first in rows[::_CHUNK])
-    return scan_dataset(
+    found = scan_dataset(
         listed, read, chunks, lambda row: io.BytesIO(read(row)), where=str(root), on_progress=on_progress, rules=rules
     )
+    if keeper is not None and index is None:
+        keeper.save(found.index)
+    return found
+
+
+def _keeper(
+    root: str | None, part: Part, max_rows: int | None, rules: PixelRules | None, storage: Storage | None
+) -> KeptIndex | None:
+    if storage is None or storage.cache is None or root is None or not is_remote(root):
+        return None
+    return KeptIndex(storage.cache, root.rstrip("/"), part, max_rows, rules)
 
 
 def list_webdataset(
@@ -74,12 +91,13 @@ def list_webdataset(
 ) -> tuple[DatasetIndex, ShardReader]:
     """Return the images of tars as far as the tars' headers tell.
 
-    Remote tars are read from end to end, unless a saved index knows their members: while the tars have the names and
-    sizes that it says, none is read.
+    Remote tars are read from end to end, unless a saved index of the same question knows their members: while the tars
+    are those that it says, none is read.
     """
     where, left_out = str(root), Counter[str]()
     if root is not None and is_remote(root):
         objects = require_storage(root, storage)
+        versions = objects.versions()  # first: of a tar that is replaced meanwhile, the older one
         sizes = dict(objects.list_sizes())
         tars = list_keys(list(sizes.items()), {".tar"}, left_out)
         require_whole(where, _folders(tars), sizes.__contains__)
@@ -91,6 +109,7 @@ def list_webdataset(
         path = existing_root(None if root is None else local_path(root), "webdataset")
         tars = list_files(path, path, {".tar"}, left_out=left_out)
         require_whole(str(path), _folders(tars), lambda key: (path / key).is_file())
+        versions = {key: str((path / key).stat().st_mtime_ns) for key, _ in tars}
 
         def source_of(shards: list[Shard]) -> LocalShards | RemoteShards:
             return LocalShards(path, [shard.name for shard in shards])
@@ -112,15 +131,18 @@ def list_webdataset(
             *notes.left_out(left_out),
             *notes.left_out(samples.left_out, "members of the tars"),
         )
-        listed = _index(f"webdataset {where} ({part.split})", samples, shards)
+        listed = _index(f"webdataset {where} ({part.split})", samples, shards, versions)
         return replace(listed, notes=(*told, *listed.notes)), _reader(source, samples.images)
 
     choices = choose_files(list(size_of), part, where=where, what="tars")
     for choice in choices if index is not None else ():
         shards = [Shard(name, size_of[name], 0, ()) for name in choice.names]
         members = None if index is None else _saved_members(index, shards)
-        if index is not None and members is not None and _are_there(source := source_of(shards), members):
-            return index, _reader(source, members)
+        if index is None or members is None:
+            continue
+        if _are_same(index, source := source_of(shards), members, versions):
+            found = {name: versions[name] for name in index.files if name in versions}
+            return replace(index, versions=found), _reader(source, members)
     return first_labelled(choices, list_one)
 
 
@@ -171,8 +193,15 @@ def _saved_members(index: DatasetIndex, shards: Sequence[Shard]) -> list[Image] 
     return members
 
 
-def _are_there(source: LocalShards | RemoteShards, members: Sequence[Image]) -> bool:
-    """Whether each tar has the header of its last image where that was: another tar may have the same size."""
+def _are_same(
+    index: DatasetIndex, source: LocalShards | RemoteShards, members: Sequence[Image], versions: dict[str, str]
+) -> bool:
+    """Whether tars of the names and sizes of a saved index are those that it was made of.
+
+    Where their versions are not known, each has to have the header of its last image where that was.
+    """
+    if index.files.keys() <= index.versions.keys() & versions.keys():
+        return all(index.versions[name] == versions[name] for name in index.files)
     with closing(IoThreads(_HEADERS_AT_ONCE, "look-at-tars")) as threads:
         last = {member.shard: member for member in members}
         found = [threads.submit(_has_header, source, member) for member in last.values()]
@@ -188,7 +217,7 @@ def _has_header(source: LocalShards | RemoteShards, member: Image) -> bool:
         return False
 
 
-def _index(source: str, samples: Samples, shards: Sequence[Shard]) -> DatasetIndex:
+def _index(source: str, samples: Samples, shards: Sequence[Shard], versions: dict[str, str]) -> DatasetIndex:
     images, labels = samples.images, samples.labels()
     names = Names.of(image.name for image in images)
     num_bytes_N = np.array([image.length for image in images], dtype=np.int64)
@@ -203,6 +232,7 @@ def _index(source: str, samples: Samples, shards: Sequence[Shard]) -> DatasetInd
         digest=list_digest(names, num_bytes_N),
         num_bytes_N=num_bytes_N,
         files={shard.name: shard.num_bytes for shard in shards},
+        versions={shard.name: versions[shard.name] for shard in shards if shard.name in versions},
         offsets_N=np.array([image.offset for image in images], dtype=np.int64),
         notes=(*_twice(samples.images), *labels.notes),
     )

@@ -3,6 +3,7 @@
     config.json            what it computes, with what the first start decided (the normalisation group)
     dataset/index.parquet  the images, so that a run can say what differs when they changed
     dataset/digest.json    their number and digest
+    dataset/test_index.parquet  the test images, where a start has to look at them; later ones and commands need not
     checkpoints/           cluster.checkpoint's format
     tensorboard/           events
     bad_images.jsonl       damaged images, with the reasons; only where there are any
@@ -19,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from cluster.coordination import CoordinatorSpec
 from cluster.document_kinds import FLAG, MAPPING, WHOLE, require_kinds
 from cluster.retention import Retention
 from cluster.store import ObjectMissingError, Store
-from dataloading.index import DatasetIndex
+from dataloading.index import DatasetError, DatasetIndex
 from instdisc.command_line import command_line
 from instdisc.config import TrainConfig, as_begun, resume_differences
 from instdisc.config_sections import METRICS, ConfigError
@@ -40,6 +40,7 @@ from instdisc.recipes import left_open
 
 CONFIG = "config.json"
 INDEX = "dataset/index.parquet"
+TEST_INDEX = "dataset/test_index.parquet"
 DIGEST = "dataset/digest.json"
 RESULTS = "results.json"
 _OF_RESULT = {"step": WHOLE, "num_steps": WHOLE, "finished": FLAG, "metrics": MAPPING, "summary": MAPPING}
@@ -151,12 +152,25 @@ class Run:
         """Store the index at the first start; later raise RunError where the images are no longer the same."""
         digest = json.dumps({"num_rows": index.num_rows, "digest": index.digest, "source": index.source}).encode()
         if not self.store.exists(INDEX):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "index.parquet"
-                index.save(path)
-                self.store.put(INDEX, path.read_bytes())
+            self.store.put(INDEX, index.to_bytes())
         if not self.store.create(DIGEST, digest):
             self.require_same_dataset(index)
+
+    def keep_index(self, index: DatasetIndex) -> None:
+        """Store what else is known now of the same training images: where they lie in their tars."""
+        self.require_same_dataset(index)
+        self.store.put(INDEX, index.to_bytes())
+
+    def keep_test_index(self, index: DatasetIndex) -> None:
+        """Store the index of the test images as they are now."""
+        self.store.put(TEST_INDEX, index.to_bytes())
+
+    def test_index(self) -> DatasetIndex | None:
+        """Return the index of the test images that a start stored last, None where there is none that can be read."""
+        try:
+            return DatasetIndex.from_bytes(self.store.get(TEST_INDEX), TEST_INDEX)
+        except (ObjectMissingError, DatasetError):
+            return None
 
     def require_same_dataset(self, index: DatasetIndex) -> None:
         """Raise RunError where these are not the images that the run was started on, or it has not seen any yet."""
@@ -188,10 +202,7 @@ class Run:
 
     def index(self) -> DatasetIndex:
         """Return the stored index of the training images."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "index.parquet"
-            path.write_bytes(self.store.get(INDEX))
-            return DatasetIndex.load(path)
+        return DatasetIndex.from_bytes(self.store.get(INDEX), f"{self.uri}/{INDEX}")
 
     def result(self) -> RunResult | None:
         """Return what the run came to, None where it has not finished."""

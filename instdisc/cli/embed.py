@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     from instdisc.images import open_images
     from instdisc.loading import load_encoder
     from instdisc.progress import Progress
+    from instdisc.runs import existing_run
+    from instdisc.train.image_sets import open_images_of
 
     out = output_file(options.out)
     encoder = load_encoder(options.uri, device="auto")
@@ -46,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         dataset = open_images(data, options.split)
     else:
         rows = data.max_rows if options.split == data.train_split else data.max_test_rows
-        dataset = open_images(data, options.split, max_rows=rows)
+        dataset = open_images_of(existing_run(options.uri), data, options.split, rows)
     started_s = time.monotonic()
     progress = Progress()
     try:

@@ -25,19 +25,19 @@ def run(options: argparse.Namespace) -> int:
 
     from cluster.worker import Worker, threads_for
     from instdisc.cli.output import printable
-    from instdisc.images import open_images
     from instdisc.loading import load_bank, load_encoder
     from instdisc.progress import Progress
     from instdisc.runs import RunError, existing_run
     from instdisc.train.evaluation import KnnEvaluator
-    from instdisc.train.image_sets import notes_of
+    from instdisc.train.image_sets import notes_of, open_images_of
 
     encoder = load_encoder(options.uri, device="auto")
     data, asked = encoder.config.data, {"k": options.k, "temperature": options.temperature}
     eval_config = replace(encoder.config.eval, **{name: v for name, v in asked.items() if v is not None})
-    train = open_images(data, data.train_split, max_rows=data.max_rows)
-    test = open_images(data, data.test_split, max_rows=data.max_test_rows)
-    existing_run(options.uri).require_same_dataset(train.index)
+    of_run = existing_run(options.uri)
+    train = open_images_of(of_run, data, data.train_split, data.max_rows)
+    test = open_images_of(of_run, data, data.test_split, data.max_test_rows)
+    of_run.require_same_dataset(train.index)
     progress = Progress()
     worker = Worker(
         device=next(encoder.parameters()).device,

@@ -20,9 +20,9 @@ from instdisc.schedule import learning_rate, multiples_passed, num_steps
 from instdisc.train.bank_health import BankHealth, measure
 from instdisc.train.evaluation import Evaluation, EvaluationInterrupted, KnnEvaluator
 from instdisc.train.image_sets import (
-    open_test_set,
     open_train_set,
     require_same_images,
+    share_test_set,
     tell_notes,
     with_rules_of,
 )
@@ -48,8 +48,11 @@ def train(worker: Worker, config_json: str, uri: str) -> dict[str, Any]:
     run = Run(uri)
     train_set = open_train_set(worker, config, run)
     config = with_rules_of(config, train_set)
-    test_set = open_test_set(
-        config, lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True})
+    test_set = share_test_set(
+        worker,
+        config,
+        run,
+        lambda why: worker.emit({"kind": "message", "text": f"no kNN evaluation: {why}", "keep": True}),
     )
     require_same_images(worker, train_set, test_set)
     tell_notes(worker, train_set, test_set)

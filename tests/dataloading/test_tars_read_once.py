@@ -8,6 +8,7 @@ import pytest
 from made_images import encode, picture
 
 from cluster.store import Store
+from dataloading.cache import ShardCache
 from dataloading.index import DatasetChanged, DatasetIndex
 from dataloading.sources import open_dataset
 from dataloading.storage import Storage
@@ -29,11 +30,14 @@ class Counting:
         return data
 
 
-def tar_of(store, name, first, num=6):
+def tar_of(store, name, first, num=6, num_classes=3):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for row in range(first, first + num):
-            for ending, data in (("jpg", encode(picture(150 + row, 120, row))), ("cls", str(row % 3).encode())):
+            for ending, data in (
+                ("jpg", encode(picture(150 + row, 120, row))),
+                ("cls", str(row % num_classes).encode()),
+            ):
                 member = tarfile.TarInfo(f"deep/{row:03d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -59,9 +63,17 @@ def test_a_start_with_the_saved_index_reads_no_tar(far, tmp_path):
     run.agree_on_dataset(first.index)
     far.num_bytes = 0
     later = opened(far, index=run.index())
-    assert far.num_bytes <= 3 * 512  # a header of each tar
+    assert far.num_bytes == 0
     assert later.index.difference(first.index) is None
     assert [later.read(row) for row in range(18)] == [first.read(row) for row in range(18)]
+
+
+def test_without_versions_a_start_reads_a_header_of_each_tar(far, monkeypatch):
+    monkeypatch.setattr(far.store, "versions", dict)
+    index = opened(far).index
+    far.num_bytes = 0
+    opened(far, index=index)
+    assert far.num_bytes == 3 * 512
 
 
 def test_near_tars_are_taken_from_the_index_as_well(far, tmp_path, monkeypatch):
@@ -79,6 +91,57 @@ def test_a_tar_that_changed_is_read_and_told(far):
     assert tar_of(far, "train-000001.tar", 6, num=5) == before  # tars are filled up to 10 kB
     with pytest.raises(DatasetChanged, match="1 removed"):
         opened(far, index=index)
+
+
+def test_tars_of_the_same_sizes_with_other_labels_are_other_tars(far):
+    index = opened(far).index
+    tar_of(far, "train-000001.tar", 6, num_classes=2)
+    with pytest.raises(DatasetChanged, match="with another label"):
+        opened(far, index=index)
+
+
+def test_tars_that_moved_are_read_once_more(far, tmp_path):
+    index = opened(far).index
+    object.__setattr__(index, "versions", dict.fromkeys(index.files, "of another bucket"))
+    far.num_bytes = 0
+    moved = opened(far, index=index).index
+    assert far.num_bytes >= far.total
+    assert moved.difference(index) is None
+    far.num_bytes = 0
+    opened(far, index=moved)
+    assert far.num_bytes == 0
+
+
+def test_commands_on_a_machine_read_far_tars_once(far, tmp_path):
+    cached = Storage(lambda uri: far, ShardCache(tmp_path / "cache"))
+    first = open_dataset("webdataset", "s3://tars", "train", storage=cached)
+    far.num_bytes = 0
+    later = open_dataset("webdataset", "s3://tars", "train", storage=cached)
+    assert far.num_bytes == 0
+    assert later.index.difference(first.index) is None
+    assert later.index.notes == first.index.notes
+    assert [later.read(row) for row in range(18)] == [first.read(row) for row in range(18)]
+    assert open_dataset("webdataset", "s3://tars", "train", max_rows=4, storage=cached).index.num_rows == 4
+    tar_of(far, "train-000001.tar", 6, num=5)
+    assert open_dataset("webdataset", "s3://tars", "train", storage=cached).index.num_rows == 17
+
+
+def test_an_index_in_the_cache_that_lost_bytes_is_made_again(far, tmp_path):
+    cached = Storage(lambda uri: far, ShardCache(tmp_path / "cache"))
+    first = open_dataset("webdataset", "s3://tars", "train", storage=cached)
+    (kept,) = (tmp_path / "cache" / "indexes").iterdir()
+    kept.write_bytes(bytes(kept.stat().st_size))
+    again = open_dataset("webdataset", "s3://tars", "train", storage=cached)
+    assert again.index.difference(first.index) is None
+    far.num_bytes = 0
+    open_dataset("webdataset", "s3://tars", "train", storage=cached)
+    assert far.num_bytes == 0
+
+
+def test_what_cannot_be_noticed_when_it_changes_is_not_kept(far, tmp_path, monkeypatch):
+    monkeypatch.setattr(far.store, "versions", dict)
+    open_dataset("webdataset", "s3://tars", "train", storage=Storage(lambda uri: far, ShardCache(tmp_path / "cache")))
+    assert not (tmp_path / "cache" / "indexes").exists()
 
 
 def test_an_index_of_an_earlier_version_still_fits_and_its_tars_are_read(far, tmp_path):
