@@ -9,6 +9,7 @@ Shapes: M windows, S side of a crop, C = 3 channels.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -94,7 +95,11 @@ class DaliDecoder:
 
     def close(self) -> None:
         """Leave the pipeline to the next decoder with the same settings."""
-        if all(batch.is_done for batch in self._batches):
+        # What the pipeline was given is taken from it, but nothing that failed is tried again: nobody wants it any more.
+        with contextlib.suppress(RuntimeError):
+            for batch in self._batches:
+                self._finish(batch)
+        if all(batch.is_done and batch.crops is not None for batch in self._batches):
             _IDLE.give_back(self._settings, self._pipeline)
         del self._pipeline
 

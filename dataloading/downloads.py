@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 
@@ -30,6 +30,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = _TICK_S, 10.0
 """Between tries to find room: each looks at all files of the cache, and room comes when a shard's use is over."""
 _REFRESH_S = OVERDUE_S / 6
 _FIRST_GUESS_S_PER_STEP = 0.1
+_LOOK_S = 0.1
 HEAD_START_S = 30.0
 """How long an evaluation waits at most for its shards: a shard is one download, its images would be one each."""
 _NEXT_EVALUATION_S = 24 * 3600.0
@@ -177,10 +178,16 @@ class EvaluationDownloads:
         self._stop, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="download-evaluated-shards", daemon=True)
 
-    def start(self) -> None:
-        """Begin; wait until the shards are here, there is no room for more, or `HEAD_START_S` is over."""
+    def start(self, is_asked_to_end: Callable[[], bool] = lambda: False) -> None:
+        """Begin; wait until the shards are here, there is no room for more, or `HEAD_START_S` is over.
+
+        is_asked_to_end(): whether nobody wants to wait any more.
+        """
         self._thread.start()
-        self._over.wait(HEAD_START_S)
+        deadline = time.monotonic() + HEAD_START_S
+        while time.monotonic() < deadline and not is_asked_to_end():
+            if self._over.wait(_LOOK_S):
+                return
 
     def close(self) -> None:
         """Stop; what is on its way is given up, and not waited for."""

@@ -74,7 +74,7 @@ class Decoder(Protocol):
         ...
 
     def close(self) -> None:
-        """End threads and free memory."""
+        """End threads and free memory. What was not collected is given up."""
         ...
 
 
@@ -132,10 +132,9 @@ class EncodedCrops:
             yield self._complete(job, self._collect(job))
 
     def close(self) -> None:
-        """End the reading threads and the decoder; a read that is under way is not waited for."""
+        """End the reading threads and the decoder; neither reads nor batches that are under way are waited for."""
         self._generation += 1
         self._readers.close()
-        self._collect_all()
         self._in_decoder.clear()
         self._decoder.close()
 

@@ -36,6 +36,7 @@ class ImageDecoder:
         self._fast, self._size, self._device = fast, size, device
         self._threads = single_threaded_pool(num_threads, "decode-images")
         self._buffers = Buffers(torch.uint8)
+        self._is_closed = False
         self._batches: deque[tuple[Tensor, list[Future[dict[int, str]]]]] = deque()
 
     def submit(self, windows: Sequence[Window]) -> None:
@@ -53,7 +54,8 @@ class ImageDecoder:
         return Decoded(to_device(crops, self._device), reasons)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, each after the image that it decodes now."""
+        self._is_closed = True
         self._threads.shutdown(cancel_futures=True)
 
     def _memory(self, shape: torch.Size) -> Tensor:
@@ -66,6 +68,8 @@ class ImageDecoder:
         """Decode a part of a batch into its crops; return why some of it has no pixels."""
         reasons = {}
         for m in part:
+            if self._is_closed:
+                break  # nobody collects it any more
             if reason := windows[m].reason or self._decode_one(windows[m], crops[m]):
                 reasons[m] = reason
         return reasons

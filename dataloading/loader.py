@@ -10,7 +10,7 @@ G global batch, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import count, repeat
@@ -258,12 +258,14 @@ def eval_batches(
     num_threads: int,
     backend: str = "auto",
     damaged: DamagedRows | None = None,
+    is_asked_to_end: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
     """Yield the given rows in order, batch_size at a time (the last may be smaller), without augmentation.
 
     The central crop x crop pixels of the image whose shorter side is resized to `resize`, normalised. Damaged images
     are replaced and marked as in training; damaged takes down the reasons. Far shards of these rows are fetched into
-    the cache where it has room that training does not need: a later evaluation finds them there.
+    the cache where it has room that training does not need: a later evaluation finds them there. is_asked_to_end():
+    whether the evaluation is about to be given up, so that their head start is.
     """
     rows_R = np.asarray(rows, dtype=np.int64)
     damaged = damaged or DamagedRows(dataset.index)
@@ -274,7 +276,7 @@ def eval_batches(
     downloads = _evaluation_downloads(dataset, rows_R)
     try:
         if downloads is not None:
-            downloads.start()
+            downloads.start(is_asked_to_end)
         planned = (planner.plan(part, np.zeros_like(part)) for part in parts)
         for plan, images_BCHW in finisher.images(crops.crops(planned)):
             yield Batch(images_BCHW, torch.from_numpy(plan.rows_B), torch.from_numpy(plan.valid_B))

@@ -80,7 +80,8 @@ def open_dataset(
     if kind in SCANNED_KINDS:
         dataset = _open_scanned(kind, root, part, seen, storage)
         asked = question(split, config=config, layout_rule=layout_rule, max_rows=max_rows)
-        return replace(dataset, index=replace(dataset.index, asked=asked))
+        known = dataset.index.asked == asked
+        return dataset if known else replace(dataset, index=replace(dataset.index, asked=asked))
     if kind == "parquet" or (kind in KINDS and _is_hub_folder(cifar_root(KINDS[kind], root, download=download))):
         return open_parquet(root, part, **seen, spread=kind not in KINDS)
     if kind == "demo":

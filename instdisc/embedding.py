@@ -47,6 +47,7 @@ def embed_rows(
     num_threads: int,
     autocast: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    is_asked_to_end: Callable[[], bool] = lambda: False,
 ) -> Embedded:
     """Return the unit features of `rows` through central crops, (R, D) on `device`.
 
@@ -66,6 +67,7 @@ def embed_rows(
         num_threads=num_threads,
         backend=config.data.backend,
         damaged=damaged,
+        is_asked_to_end=is_asked_to_end,
     )
     features_RD = torch.zeros((len(rows), config.model.feature_dim), device=device)
     is_valid_R, is_finite_R = (torch.zeros(len(rows), dtype=torch.bool, device=device) for _ in range(2))

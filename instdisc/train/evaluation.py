@@ -194,7 +194,8 @@ class KnnEvaluator:
         fewest = dataset.index.num_rows // worker.world_size  # rows of the rank that has the fewest
 
         def progress(done: int, total: int) -> None:
-            if done <= fewest and done % (batch * CHECK_BATCHES) == 0:  # on every rank or on none
+            # On every rank or on none; the first batch may have come after a wait for shards that was cut short.
+            if done <= fewest and (done == batch or done % (batch * CHECK_BATCHES) == 0):
                 self._check_interrupt()
             worker.emit({"kind": "phase", "text": f"embedding {name} images: {done:,} of {total:,} of rank 0"})
 
@@ -207,6 +208,7 @@ class KnnEvaluator:
             num_threads=worker.num_threads,
             autocast=autocast_dtype(self._config, worker.device),
             on_progress=progress,
+            is_asked_to_end=lambda: worker.stop_requested() or worker.leave_requested(),
         )
 
     def _check_interrupt(self) -> None:
