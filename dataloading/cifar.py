@@ -6,18 +6,14 @@ Python form of the archives is pickled and never read: unpickling runs whatever 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dataloading.cifar_download import fetch
 from dataloading.index import Dataset, DatasetError, DatasetIndex, dataset_of_pixels, require_same
 from dataloading.listing import check_link, contents, existing_root
 from dataloading.read_errors import advised
@@ -143,52 +139,9 @@ def cifar_root(kind: CifarKind, root: str | None, *, download: bool = False) -> 
         return existing_root(root, kind.folder)
     path = Path(root).absolute()
     if download:
-        _fetch(kind, path)
+        fetch(kind, path, _by_hand(kind, path))
     advice = f"Correct the path, allow the download (data.download), or {_by_hand(kind, path)}"
     return existing_root(root, kind.folder, advice=advice)
-
-
-def _fetch(kind: CifarKind, root: Path) -> None:
-    if root.exists() and (not root.is_dir() or _visible(root)):
-        return  # whatever it is, it is not ours to add to
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _locked(root):
-            if not _visible(root):  # else another process fetched it meanwhile
-                _download(kind, root)
-    except (URLError, OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            root.rmdir()  # if it is empty
-        raise DatasetError(
-            f"cannot download {kind.url} ({error}). Without a network: {_by_hand(kind, root)}"
-        ) from error
-
-
-def _visible(root: Path) -> list[str]:
-    return [name for name in os.listdir(root) if not name.startswith(".")]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _download(kind: CifarKind, root: Path) -> None:
-    # Imported here because torchvision takes seconds to import and is needed only for this.
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    # Hidden until it is whole: a download that was killed leaves nothing that looks like the data set.
-    work = root / ".download"
-    try:
-        download_and_extract_archive(kind.url, str(work), md5=kind.md5)
-        (work / kind.folder).rename(root / kind.folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _missing(kind: CifarKind, root: Path, split: str) -> DatasetError:

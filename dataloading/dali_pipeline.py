@@ -31,6 +31,7 @@ from dataloading.dali_self_test import may_decode_regions
 from dataloading.device_copies import to_device
 from dataloading.encoded import Decoded, Window
 from dataloading.orientation import TURNS
+from dataloading.read_errors import raise_if_of_memory
 from dataloading.resize import resize_into
 
 _DEVICE_ERROR = re.compile(
@@ -95,7 +96,7 @@ class DaliDecoder:
 
     def close(self) -> None:
         """Leave the pipeline to the next decoder with the same settings."""
-        # What the pipeline was given is taken from it, but nothing that failed is tried again: nobody wants it any more.
+        # What the pipeline was given is taken from it, but nothing that failed is tried again: nobody wants it now.
         with contextlib.suppress(RuntimeError):
             for batch in self._batches:
                 self._finish(batch)
@@ -160,6 +161,7 @@ class DaliDecoder:
                 window.encoded, window.anchor, window.size, window.orientation, window.rules
             )
         except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+            raise_if_of_memory(error, f"a window of {window.size[1]} x {window.size[0]} pixels")
             return f"cannot be decoded: {type(error).__name__}: {error}"
         resized_CSS = torch.empty(crop_CSS.shape, dtype=torch.uint8)
         resize_into(pixels_HWC, resized_CSS)

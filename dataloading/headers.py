@@ -38,7 +38,7 @@ from dataloading import jpeg, other_formats, samples
 from dataloading.io_threads import IoThreads
 from dataloading.orientation import orientation_of, tail_of, turned, turned_size
 from dataloading.pixel_rules import PixelRules
-from dataloading.read_errors import WatchedFile
+from dataloading.read_errors import TOO_LARGE, WatchedFile, raise_if_of_memory, too_large_for_memory
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -50,8 +50,6 @@ EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 """File name endings of these formats, in lower case."""
 MAX_PIXELS = 89_478_485
 """More pixels than this is taken for a decompression bomb. Pillow's limit for a warning (1/4 GiB of RGB)."""
-TOO_LARGE = "too large"
-"""How the reason begins for images that may be whole, but have more pixels than are decoded."""
 MAX_SMALL_SIDE = 96
 """Images up to this many pixels high and wide, all of one size, are kept in memory decoded."""
 MAX_SMALL_BYTES = 4 << 30
@@ -201,6 +199,7 @@ def _look_at(
                 with Image.open(file, formats=FORMATS) as image:  # pyright: ignore[reportArgumentType]
                     look = _look(image, file, small, rules)
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+                raise_if_of_memory(error, "the header of an image")
                 look = _Look(reason=reason(error, _first_bytes(error, file)))
         if file.failure is not None:
             raise file.failure
@@ -228,6 +227,8 @@ def _look(image: Image.Image, file: WatchedFile, small: _Small, rules: PixelRule
             file.seek(place)
         pixels_HWC = decode(image, rules)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
+    except MemoryError:
+        return _Look(height, width, decode_reason=too_large_for_memory(height, width))
     except Exception as error:  # as above
         return _Look(height, width, decode_reason=reason(error))
     return _Look(height, width, pixels_HWC=pixels_HWC)

@@ -19,6 +19,7 @@ from dataloading import pillow
 from dataloading.device_copies import host_memory, to_device
 from dataloading.encoded import Decoded, Window
 from dataloading.orientation import turned
+from dataloading.read_errors import raise_if_of_memory
 from dataloading.resize import resize_into
 from dataloading.threads import Buffers, single_threaded_pool
 
@@ -75,7 +76,10 @@ class ImageDecoder:
         return reasons
 
     def _decode_one(self, window: Window, crop_CSS: Tensor) -> str:
-        pixels_HWC = self._fast(window) if self._fast and window.is_plain else None
+        try:
+            pixels_HWC = self._fast(window) if self._fast and window.is_plain else None
+        except MemoryError:
+            pixels_HWC = None  # what Pillow finds counts
         if pixels_HWC is not None and window.orientation != 1:
             pixels_HWC = torch.from_numpy(turned(pixels_HWC.numpy(), window.orientation))
         if pixels_HWC is None:
@@ -84,6 +88,7 @@ class ImageDecoder:
                     window.encoded, window.anchor, window.size, window.orientation, window.rules
                 )
             except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+                raise_if_of_memory(error, f"a window of {window.size[1]} x {window.size[0]} pixels")
                 return f"cannot be decoded: {type(error).__name__}: {error}"
         resize_into(pixels_HWC, crop_CSS)
         return ""

@@ -23,6 +23,7 @@ from dataloading import headers, other_formats, pillow, samples
 from dataloading.index import Reader, image_checksum
 from dataloading.orientation import TAIL_BYTES, orientation_of
 from dataloading.pixel_rules import PixelRules
+from dataloading.read_errors import raise_if_of_memory
 from dataloading.shards import PIECE_BYTES, REPORTS, Shard
 from dataloading.storage import Objects
 
@@ -146,6 +147,7 @@ def look_at(encoded: bytes, rules: PixelRules | None = None) -> PackedImage:
             pixels_HWC = pillow.decode(encoded, rules)
         assert pixels_HWC.shape == (height, width, 3), f"decoded to {pixels_HWC.shape}"
     except Exception as error:  # a decoder that meets a damaged file raises nearly anything
+        raise_if_of_memory(error, f"an image of {width} x {height} pixels")
         why = headers.reason(error, encoded[: other_formats.NUM_BYTES])
         return PackedImage(height, width, len(encoded), reason=why, depends_on=depends_on)
     return PackedImage(height, width, len(encoded), depends_on=depends_on)
@@ -189,7 +191,8 @@ def _ending(name: str, encoded: bytes) -> str:
     try:
         with Image.open(io.BytesIO(encoded), formats=headers.FORMATS) as image:
             ending = (image.format or "img").lower()
-    except Exception:  # a damaged image that is packed all the same
+    except Exception as error:  # a damaged image that is packed all the same
+        raise_if_of_memory(error, "the header of an image")
         ending = "img"
     return f".{ending}"
 

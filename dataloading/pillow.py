@@ -18,6 +18,7 @@ from torch import Tensor
 from dataloading import chunks, headers, jpeg
 from dataloading.orientation import TAIL_BYTES, orientation_of, turned
 from dataloading.pixel_rules import PixelRules
+from dataloading.read_errors import raise_if_of_memory, too_large_for_memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def read_header(encoded: bytes, rules: PixelRules | None = None) -> Header:
     except headers.REFUSALS:
         raise
     except Exception as error:  # a parser that meets a damaged file raises nearly anything
+        raise_if_of_memory(error, f"the header of an image of {len(encoded):,} bytes")
         raise ValueError(f"unreadable header of {len(encoded):,} bytes: {type(error).__name__}: {error}") from error
     return Header(image.format or "", height, width, orientation, shown)
 
@@ -116,4 +118,7 @@ def _decode_stored(encoded: bytes, rules: PixelRules) -> tuple[NDArray[np.uint8]
     with Image.open(BytesIO(encoded), formats=_formats()) as image:
         if image.format in jpeg.FORMATS:
             jpeg.check_scans(encoded, image.height, image.width)
-        return headers.decode_stored(image, rules), orientation_of(image)
+        try:
+            return headers.decode_stored(image, rules), orientation_of(image)
+        except MemoryError as error:
+            raise headers.BadHeader(too_large_for_memory(image.height, image.width)) from error

@@ -24,6 +24,42 @@ _ADVICE = {
 }
 
 
+TOO_LARGE = "too large"
+"""How the reason begins for images that may be whole, but have more pixels than are decoded."""
+_LARGE_PIXELS = 1 << 24
+"""An image that claims more pixels than this may be to blame where memory is short: 64 MB for each copy of it."""
+
+
+class OutOfMemory(OSError):
+    """The process has no memory to decode an image, which says nothing of the image."""
+
+
+def raise_if_of_memory(error: Exception, what: str) -> None:
+    """Raise OutOfMemory where a decoder failed for want of memory. what: the image, for the message."""
+    if isinstance(error, OutOfMemory):
+        raise error
+    if isinstance(error, MemoryError):
+        raise _out_of_memory(what) from error
+
+
+def _out_of_memory(what: str) -> OutOfMemory:
+    text = (
+        f"{os.strerror(errno.ENOMEM)} to decode {what}; it is no damage of the image. Raise the limit of the process "
+        "or of its container (ulimit -v, memory of the job), end other programs, or use fewer workers on the machine"
+    )
+    return OutOfMemory(errno.ENOMEM, text)
+
+
+def too_large_for_memory(height: int, width: int) -> str:
+    """Return why an image is left out that a process had no memory for.
+
+    Raises OutOfMemory where the image claims no more than others do: the process is to blame.
+    """
+    if height * width <= _LARGE_PIXELS:
+        raise _out_of_memory(f"an image of {width} x {height} pixels")
+    return f"{TOO_LARGE}: {width} x {height} pixels need more memory than there is; make it smaller"
+
+
 @contextmanager
 def advised(path: str | os.PathLike[str]) -> Iterator[None]:
     """Name the file, and what to do, in an OSError of the system; its type stays."""

@@ -55,15 +55,23 @@ def image_of(dataset: Dataset, row: int) -> np.ndarray:
     """Return a row's image as uint8 (H, W, 3), large ones reduced; gray where it cannot be decoded."""
     if dataset.pixels_NHWC is not None:
         return dataset.pixels_NHWC[row]
-    assert dataset.read is not None
+    encoded = _read(dataset, row)
     try:
-        image = Image.open(io.BytesIO(dataset.read(row)), formats=FORMATS)
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
         image.draft("RGB", (_LONGEST_SIDE, _LONGEST_SIDE))
         image = Image.fromarray(decode(image, dataset.index.rules))
     except (OSError, ValueError, Image.DecompressionBombError):
         return np.full((_LONGEST_SIDE, _LONGEST_SIDE, 3), 128, dtype=np.uint8)
     image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     return np.asarray(image)
+
+
+def _read(dataset: Dataset, row: int) -> bytes:
+    assert dataset.read is not None
+    try:
+        return dataset.read(row)
+    except ValueError:
+        return b""  # damaged where it lies; a storage that fails says nothing of it
 
 
 def _query_rows(test: Dataset, has_neighbours_N: NDArray[np.bool_]) -> list[int]:

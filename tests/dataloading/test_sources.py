@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import functools
 import hashlib
 import http.server
@@ -324,6 +326,47 @@ def test_cifar_is_downloaded_only_on_request_and_checked(tmp_path, http_root, mo
     with pytest.raises(DatasetError, match=r"found cat.jpg in .*other"):
         open_dataset("cifar10", str(other), "train", download=True)
     assert os.listdir(other) == ["cat.jpg"]
+
+
+def cifar_at(http_root, tmp_path, monkeypatch):
+    """Have an archive on the web server be CIFAR-10."""
+    write_cifar(tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10, 2)
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / cifar.CIFAR10.folder, cifar.CIFAR10.folder)
+    md5 = hashlib.md5((tmp_path / "cifar.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setitem(cifar.KINDS, "cifar10", replace(cifar.CIFAR10, url=f"{http_root}/cifar.tar.gz", md5=md5))
+
+
+def test_cifar_is_downloaded_to_a_file_system_without_locks(tmp_path, http_root, monkeypatch):
+    cifar_at(http_root, tmp_path, monkeypatch)
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    new = tmp_path / "new"
+    with ThreadPoolExecutor(4) as pool:
+        datasets = list(pool.map(lambda _: open_dataset("cifar10", str(new), "train", download=True), range(4)))
+    assert {dataset.index.num_rows for dataset in datasets} == {10}
+    assert os.listdir(new) == [cifar.CIFAR10.folder]
+
+
+def test_a_download_of_cifar_that_hangs_ends_the_wait_of_others_and_what_a_killed_one_left_goes(
+    tmp_path, http_root, monkeypatch
+):
+    cifar_at(http_root, tmp_path, monkeypatch)
+    monkeypatch.setattr("dataloading.cifar_download._OTHER_S", 0.2)
+    new = tmp_path / "new"
+    write(new / ".download-killed" / "archive", b"half")
+    descriptor = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(DatasetError, match=r"another process has been at it in .*end it.*Without a network"):
+            open_dataset("cifar10", str(new), "train", download=True)
+    finally:
+        os.close(descriptor)
+    open_dataset("cifar10", str(new), "train", download=True)
+    assert os.listdir(new) == [cifar.CIFAR10.folder]
 
 
 def test_the_pickled_form_of_cifar_is_never_read(tmp_path):
