@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from pathlib import Path
 
@@ -199,3 +200,14 @@ def test_what_lies_in_the_place_of_shared_tensors_is_not_trusted(uri, tmp_path, 
         folder.chmod(0o777 if plant == "a folder of others" else 0o700)
         (folder / stored.checksum.replace(":", "-")).write_bytes(bytes(stored.num_bytes))
     assert shared.read(stored, 1) == Store(uri).get(stored.key)
+
+
+def test_on_a_file_system_without_locks_every_rank_reads_for_itself(uri, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("cluster.shared_reads.fcntl.flock", flock)
+    run_saves(Store(uri), [10], world_size=2)
+    stored = read_latest(Store(uri)).manifest.tensors
+    assert SharedReads(Store(uri)).read(stored, 1) == Store(uri).get(stored.key)
