@@ -3,7 +3,7 @@
     config.json            what it computes, with what the first start decided (the normalisation group)
     dataset/index.parquet  the images, so that a run can say what differs when they changed
     dataset/digest.json    their number and digest
-    dataset/test_index.parquet  the test images, where a start has to look at them; later ones and commands need not
+    dataset/test_index.parquet  the test images, so that later starts and commands need not look at them
     checkpoints/           cluster.checkpoint's format
     tensorboard/           events
     bad_images.jsonl       damaged images, with the reasons; only where there are any

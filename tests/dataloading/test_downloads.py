@@ -18,7 +18,7 @@ from cluster.store import Store
 from dataloading.augment import AugmentConfig
 from dataloading.cache import Fetched, ShardCache
 from dataloading.cache_folder import MARK
-from dataloading.downloads import EvaluationDownloads, ShardDownloads
+from dataloading.downloads import HEAD_START_S, EvaluationDownloads, ShardDownloads
 from dataloading.index import ShardLayout
 from dataloading.loader import eval_batches, make_loader
 from dataloading.order import OrderConfig, Permutation, make_order
@@ -241,6 +241,17 @@ def test_closing_an_evaluations_downloads_does_not_wait_for_a_storage(far, tmp_p
     started_s = time.monotonic()
     downloads.close()
     assert time.monotonic() - started_s < 0.5
+
+
+def test_the_head_start_of_an_evaluation_ends_when_it_is_asked_to(far, tmp_path):
+    source = opened(far, ShardCache(tmp_path)).read.source
+    far.gate.clear()
+    downloads, asked = EvaluationDownloads(source, range(3)), threading.Event()
+    started_s = time.monotonic()
+    threading.Timer(0.2, asked.set).start()
+    downloads.start(asked.is_set)
+    assert time.monotonic() - started_s < HEAD_START_S / 3
+    downloads.close()
 
 
 class FullCache:

@@ -1,8 +1,11 @@
 """Errors of reading are no errors of images: they end what is being done, and nothing is recorded as damaged."""
 
 import errno
+import io
 import os
 import resource
+import threading
+import time
 from dataclasses import replace
 from itertools import count, islice
 
@@ -10,16 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from made_images import encode, odd_sized_jpegs, picture
+from PIL import Image
 
 from cluster.parallel import ProcessMap
 from cluster.store import Store, StoreError
 from dataloading import shard_reader
 from dataloading.augment import AugmentConfig
+from dataloading.encoded import Window
 from dataloading.folder import FolderReader
+from dataloading.image_decoder import ImageDecoder
 from dataloading.index import DatasetError
 from dataloading.loader import eval_batches, make_loader
 from dataloading.pack import pack
+from dataloading.pack_unit import look_at
 from dataloading.packed import open_manifest
 from dataloading.sources import list_images, open_dataset
 from dataloading.storage import Storage
@@ -305,3 +313,51 @@ def test_cifar_files_that_are_links_out_of_the_root_are_refused(tmp_path):
     for kind in ("auto", "cifar10"):
         with pytest.raises(DatasetError, match=r"data_batch_5\.bin is a link to .*outside\.bin"):
             open_dataset(kind, str(tmp_path / "root"), "train")
+
+
+def no_memory(*_):
+    raise MemoryError
+
+
+def test_too_little_memory_is_no_damage_of_an_image(tmp_path, monkeypatch):
+    encoded = encode(picture(60, 50, 1))
+    (tmp_path / "0.jpg").write_bytes(encoded)
+    monkeypatch.setattr("dataloading.headers.decode_stored", no_memory)
+    decoder = ImageDecoder(None, size=8, device=torch.device("cpu"), num_threads=1)
+    decoder.submit([Window(encoded, (0, 0), (20, 20))])
+    for decode in (decoder.collect, lambda: look_at(encoded), lambda: open_dataset("folder", str(tmp_path), "train")):
+        with pytest.raises(OSError, match="Cannot allocate memory.*it is no damage of the image") as caught:
+            decode()
+        assert caught.value.errno == errno.ENOMEM
+    decoder.close()
+
+
+def test_an_image_that_claims_too_much_is_left_out_where_memory_is_short(monkeypatch):
+    file = io.BytesIO()
+    Image.new("1", (6000, 5000)).save(file, "PNG")
+    monkeypatch.setattr("dataloading.headers.decode_stored", no_memory)
+    assert look_at(file.getvalue()).reason == (
+        "too large: 6000 x 5000 pixels need more memory than there is; make it smaller"
+    )
+
+
+def test_a_decoder_that_is_closed_decodes_nothing_more():
+    begun, go_on, num_decoded = threading.Event(), threading.Event(), []
+
+    def slow(window):
+        begun.set()
+        go_on.wait(30)
+        num_decoded.append(window)
+        return torch.zeros((8, 8, 3), dtype=torch.uint8)
+
+    decoder = ImageDecoder(slow, size=8, device=torch.device("cpu"), num_threads=2)
+    for _ in range(3):
+        decoder.submit([Window(b"", (0, 0), (8, 8), is_plain=True)] * 40)
+    assert begun.wait(30)
+    closing = threading.Thread(target=decoder.close)
+    closing.start()
+    while not decoder._is_closed:
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(30)
+    assert len(num_decoded) <= 2
