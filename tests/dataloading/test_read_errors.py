@@ -326,7 +326,7 @@ def test_too_little_memory_is_no_damage_of_an_image(tmp_path, monkeypatch):
     decoder = ImageDecoder(None, size=8, device=torch.device("cpu"), num_threads=1)
     decoder.submit([Window(encoded, (0, 0), (20, 20))])
     for decode in (decoder.collect, lambda: look_at(encoded), lambda: open_dataset("folder", str(tmp_path), "train")):
-        with pytest.raises(OSError, match="Cannot allocate memory.*it is no damage of the image") as caught:
+        with pytest.raises(OSError, match=r"Cannot allocate memory.*it is no damage of the image") as caught:
             decode()
         assert caught.value.errno == errno.ENOMEM
     decoder.close()
