@@ -31,6 +31,7 @@ from dataloading.listing import existing_root, list_files
 from dataloading.parquet_labels import TooLong, class_names, column_labels, is_label_kind, label_column, read_labels
 from dataloading.parquet_reader import ParquetReader, RowsOf
 from dataloading.pixel_rules import PixelRules
+from dataloading.read_errors import raise_if_of_memory
 from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 from dataloading.scanned import holds, scan_dataset
 from dataloading.split_files import FilesChoice, choose_files
@@ -129,6 +130,7 @@ def _open_files(root: Path, names: tuple[str, ...]) -> _Files:
                 starts.append(starts[-1] + _num_rows(path, file.metadata))
                 schemas.append(file.schema_arrow)
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise_if_of_memory(error, str(path))
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise _not_whole(path, error) from error

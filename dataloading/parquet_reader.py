@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dataloading.read_errors import raise_if_of_memory
+
 MAX_ENCODED_BYTES = 256 << 20
 """No encoded image is larger: as many bytes as the pixels of the largest that is decoded."""
 _MAX_UNPACKED_BYTES, _MAX_RATIO = 64 << 20, 100
@@ -232,6 +234,7 @@ def _named(path: Path, group: int) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise_if_of_memory(error, f"row group {group} of {path}")
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path}, row group {group}: {error}") from error

@@ -35,7 +35,7 @@ class OutOfMemory(OSError):
 
 
 def raise_if_of_memory(error: Exception, what: str) -> None:
-    """Raise OutOfMemory where a decoder failed for want of memory. what: the image, for the message."""
+    """Raise OutOfMemory where a decoder failed for want of memory. what: the image or the file, for the message."""
     if isinstance(error, OutOfMemory):
         raise error
     if isinstance(error, MemoryError):
@@ -44,7 +44,7 @@ def raise_if_of_memory(error: Exception, what: str) -> None:
 
 def _out_of_memory(what: str) -> OutOfMemory:
     text = (
-        f"{os.strerror(errno.ENOMEM)} to decode {what}; it is no damage of the image. Raise the limit of the process "
+        f"{os.strerror(errno.ENOMEM)} to decode {what}; it is no damage of it. Raise the limit of the process "
         "or of its container (ulimit -v, memory of the job), end other programs, or use fewer workers on the machine"
     )
     return OutOfMemory(errno.ENOMEM, text)

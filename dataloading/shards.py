@@ -36,6 +36,7 @@ from dataloading.index import (
 from dataloading.manifest_checks import check_places, check_shard, check_values, column_digest
 from dataloading.numerals import whole_number
 from dataloading.pixel_rules import PixelRules
+from dataloading.read_errors import raise_if_of_memory
 from dataloading.row_choice import FIRST_ROWS_RULE, choice_notes, chosen_rows
 
 MANIFEST, DAMAGED = "manifest.arrow", "damaged.jsonl"
@@ -239,6 +240,7 @@ def load_manifest(where: str, buffer: pa.Buffer) -> ShardManifest:
             raise ValueError("another format")
         return _manifest(about, {name: batch.column(name) for name in batch.schema.names})
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_if_of_memory(error, where)
         raise DatasetError(
             f"{where} is not a whole manifest: found {type(error).__name__}: {error}, expected {FORMAT!r}; pack the "
             "images again"

@@ -326,7 +326,7 @@ def test_too_little_memory_is_no_damage_of_an_image(tmp_path, monkeypatch):
     decoder = ImageDecoder(None, size=8, device=torch.device("cpu"), num_threads=1)
     decoder.submit([Window(encoded, (0, 0), (20, 20))])
     for decode in (decoder.collect, lambda: look_at(encoded), lambda: open_dataset("folder", str(tmp_path), "train")):
-        with pytest.raises(OSError, match=r"Cannot allocate memory.*it is no damage of the image") as caught:
+        with pytest.raises(OSError, match=r"Cannot allocate memory.*it is no damage of it") as caught:
             decode()
         assert caught.value.errno == errno.ENOMEM
     decoder.close()
@@ -361,3 +361,16 @@ def test_a_decoder_that_is_closed_decodes_nothing_more():
     go_on.set()
     closing.join(30)
     assert len(num_decoded) <= 2
+
+
+def test_too_little_memory_for_a_parquet_file_is_no_damage_of_it(tmp_path, monkeypatch):
+    encoded = [encode(picture(60, 50, row)) for row in range(2)]
+    pq.write_table(pa.table({"image": encoded}), tmp_path / "train.parquet")
+
+    def no_memory_for_groups(*_, **__):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", no_memory_for_groups)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", no_memory_for_groups)
+    with pytest.raises(OSError, match=r"Cannot allocate memory"):
+        open_dataset("parquet", str(tmp_path), "train")
