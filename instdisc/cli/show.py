@@ -61,9 +61,10 @@ def as_text(document: dict[str, Any]) -> str:
         lines.append(f"  {name}: " + "  ".join(f"{step:,}: {value:.1f}" for step, value in points[-8:]))
     config = document["config"]
     objective, optim = config["objective"], config["optim"]
+    epochs = "1 epoch" if optim["epochs"] == 1 else f"{optim['epochs']:g} epochs"
     lines.append(
         f"  {config['model']['architecture']}, {objective['name']} τ={objective['temperature']}, global batch "
-        f"{optim['global_batch']} in groups of {optim['norm_group']}, {optim['epochs']:g} epochs, lr {optim['lr']}"
+        f"{optim['global_batch']} in groups of {optim['norm_group']}, {epochs}, lr {optim['lr']}"
     )
     kept = keeps(TrainConfig.from_json(json.dumps(config)))
     if kept:
