@@ -225,7 +225,7 @@ class OptimConfig:
             (
                 "norm_group",
                 self.norm_group,
-                self.norm_group is None or self.global_batch % self.norm_group != 1,
+                not self.norm_group or self.global_batch % self.norm_group != 1,
                 f"one that does not leave a last group of one of {self.global_batch} images: it has no variance",
             ),
             ("lr", self.lr, self.lr > 0, "more than 0"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+from typing import Any
 
 import pytest
 
@@ -179,3 +181,14 @@ def test_a_folder_means_the_same_place_in_every_process_however_it_is_written(pl
     assert absolute(place) == str(tmp_path / "runs/a")
     assert Run(absolute(place)).folder == tmp_path / "runs/a"
     assert absolute("s3://bucket") == "s3://bucket"
+
+
+@pytest.mark.parametrize("value", [0, -1, 1, 2**63, 10**400])
+def test_no_whole_number_in_any_field_ends_a_check_with_an_error_of_python(value):
+    config = recipes.quickstart()
+    for name in (field.name for field in dataclasses.fields(config)):
+        section: Any = getattr(config, name)
+        for field in dataclasses.fields(section) if name != "seed" else ():
+            if field.type in ("int", "int | None"):
+                with contextlib.suppress(ValueError):
+                    dataclasses.replace(section, **{field.name: value})
