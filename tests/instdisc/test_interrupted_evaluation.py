@@ -58,8 +58,18 @@ class Interrupter:
                 signal.raise_signal(signal.SIGINT)
 
 
-# Of the untrained encoder, after an epoch, at the end.
-@pytest.mark.parametrize(("number", "expected_step", "workers"), [(1, None, 0), (2, 9, 0), (6, STEPS, 0), (2, 9, 2)])
+def test_ctrl_c_before_the_first_step_ends_at_once_for_nothing_is_there_to_save(config, undisturbed, tmp_path):
+    interrupter = Interrupter(1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, run=str(tmp_path / "run"), workers=0, on_event=interrupter)
+    assert interrupter.seen == 1
+    assert read_latest(Run(str(tmp_path / "run")).checkpoints()) is None
+    assert fit(config, run=str(tmp_path / "run"), workers=0).finished
+    assert_same_to_the_bit(tmp_path / "run", undisturbed, STEPS)
+
+
+# After an epoch, and at the end.
+@pytest.mark.parametrize(("number", "expected_step", "workers"), [(2, 9, 0), (6, STEPS, 0), (2, 9, 2)])
 def test_ctrl_c_in_an_evaluation_does_not_wait_for_it_and_the_next_start_makes_it(
     config, undisturbed, tmp_path, number, expected_step, workers
 ):
@@ -69,8 +79,9 @@ def test_ctrl_c_in_an_evaluation_does_not_wait_for_it_and_the_next_start_makes_i
     assert interrupter.seen == number
     assert not result.finished
     saved = read_latest(Run(str(run)).checkpoints())
-    assert (None if saved is None else saved.step) == expected_step
-    if saved is not None and workers == 0:
+    assert saved is not None
+    assert saved.step == expected_step
+    if workers == 0:
         assert expected_step not in [step for step, _ in saved.state["curves"]["knn_top1"]]
     assert fit(config, run=str(run), workers=workers, launcher="local").finished
     if workers == 0:
