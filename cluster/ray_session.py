@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -20,7 +21,7 @@ import ray
 import ray._private.utils
 import ray._private.worker
 import ray._raylet as raylet
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.node import Node
 from ray._private.parameter import RayParams
@@ -137,7 +138,7 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
                 max_worker_port=0,
                 _system_config=_SYSTEM_CONFIG,
             )
-            with held(), kept_from_parts():
+            with held(), kept_from_parts(), _in_sessions_of_their_own():
                 node = _SmallNode(
                     parameters, head=True, shutdown_at_exit=True, spawn_reaper=True, ray_init_cluster=True
                 )
@@ -149,6 +150,21 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
             node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
         _reread_token()
         _remove(parent)
+
+
+@contextlib.contextmanager
+def _in_sessions_of_their_own() -> Iterator[None]:
+    """Processes that Ray starts inside leave the driver's process group.
+
+    A signal to the group (`timeout`, a terminal, a supervisor) would end them before the driver has saved. They cannot
+    block SIGTERM instead: it is how Ray ends them. The kernel still kills them with the driver (spawn_reaper).
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, start_new_session=True)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 @contextlib.contextmanager

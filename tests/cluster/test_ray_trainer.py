@@ -65,7 +65,7 @@ def stop(event):
     started.extend(family(os.getpid()))
     names = {process.pid: process.name() for process in [psutil.Process(), *started]}
     ports.extend([port.role, port.host] for port in open_ports(names))
-    signal.raise_signal(signal.SIGINT)
+    os.killpg(0, signal.SIGTERM)  # as `timeout` does; Ray's own processes must outlive it
 
 if __name__ == "__main__":
     events, started, ports, error = [], [], [], None
@@ -89,7 +89,7 @@ if __name__ == "__main__":
 
 
 def test_a_run_on_a_private_ray(tmp_path):
-    """One process, one Ray: collectives, events, Ctrl-C, an error, silence, and nothing left over."""
+    """One process, one Ray: collectives, events, SIGTERM to its group, an error, silence, and nothing left over."""
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     path = os.pathsep.join(map(str, (Path(__file__).parent, *Path(__file__).parents[1:3])))
@@ -100,6 +100,7 @@ def test_a_run_on_a_private_ray(tmp_path):
         capture_output=True,
         text=True,
         timeout=START_TIMEOUT_S,
+        start_new_session=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
