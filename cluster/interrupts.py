@@ -12,14 +12,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FrameType, TracebackType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SAVING = signal.SIGUSR1
 """Save a checkpoint and go on (what Slurm's --signal sends ahead of the end of a job)."""
-NOT_FOR_PARTS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What a terminal or a batch system sends to every process of a group, although only the driver decides."""
+NOT_FOR_PARTS = (*ENDING, SAVING)
+"""What a terminal, `timeout` or a batch system sends to every process of a group, although only the driver decides."""
 INTERRUPTED = 130
 GRACE_S = 2.0
 """For a command to clean up after the second signal."""
@@ -92,9 +92,9 @@ def held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_from_parts() -> Iterator[None]:
-    """Processes that are started inside get none of the signals that only the driver is to hear."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_PARTS)
+def kept_from_parts(but: Collection[signal.Signals] = ()) -> Iterator[None]:
+    """Processes that are started inside get none of the signals that only the driver is to hear, `but` these."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(NOT_FOR_PARTS).difference(but))
     try:
         yield
     finally:

@@ -33,7 +33,6 @@ from cluster.process_group import thread_environment
 
 POLL_INTERVAL_S = 0.1
 ECHO_GRACE_S = 2.0
-TERMINATE_GRACE_S = 2.0
 
 
 class LocalProcess:
@@ -232,11 +231,8 @@ def _end_all(workers: list[LocalProcess]) -> None:
     """Leave no process behind: wait for those that have a result, end the others."""
     for worker in workers:
         if worker.exit_code is None:
-            worker.process.terminate()
+            worker.process.kill()  # they leave SIGTERM to the driver
     for worker in workers:
-        worker.process.join(TERMINATE_GRACE_S)
-        if worker.process.exitcode is None:
-            worker.process.kill()
-            worker.process.join()
+        worker.process.join()
         worker.process.close()
         worker.connection.close()

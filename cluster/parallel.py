@@ -50,16 +50,17 @@ class ProcessMap:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     waiting |= {pool.submit(function, item) for item in islice(left, len(done))}
                     yield from (future.result() for future in done)
-            except BrokenProcessPool as error:
-                raise MapProcessDied(
-                    "a worker process was killed (out of memory, or a decoder crashed on a hostile image); what was "
-                    "done is kept, the same command goes on"
-                ) from error
-            except BaseException:
-                # What they are at work on may take minutes, and nobody wants it any more.
+            except BaseException as error:
+                # What they are at work on may take minutes, and nobody wants it any more. By SIGKILL: they leave
+                # SIGTERM, with which a broken pool ends the others, to this process.
                 for process in list(pool._processes.values()):
                     process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, BrokenProcessPool):
+                    raise MapProcessDied(
+                        "a worker process was killed (out of memory, or a decoder crashed on a hostile image); what "
+                        "was done is kept, the same command goes on"
+                    ) from error
                 raise
 
 

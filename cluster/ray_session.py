@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -138,7 +139,7 @@ def _private_ray(num_workers: int, quiet: bool) -> Iterator[None]:
                 max_worker_port=0,
                 _system_config=_SYSTEM_CONFIG,
             )
-            with held(), kept_from_parts(), _in_sessions_of_their_own():
+            with held(), kept_from_parts(but=[signal.SIGTERM]), _in_sessions_of_their_own():
                 node = _SmallNode(
                     parameters, head=True, shutdown_at_exit=True, spawn_reaper=True, ray_init_cluster=True
                 )

@@ -282,11 +282,11 @@ def test_the_errors_of_this_package_survive_the_way_to_the_caller(error):
     assert (type(restored), str(restored)) == (type(error), str(error))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_ctrl_c_in_the_driver_lets_the_workers_return(num_workers, tmp_path):
+@pytest.mark.parametrize(("num_workers", "number"), [(0, signal.SIGINT), (2, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_the_driver_and_all_its_processes_lets_the_workers_return(num_workers, number, tmp_path):
     with driver_process(tmp_path / "run", num_workers) as driver:
         pids_in(tmp_path / "run", max(1, num_workers))
-        os.killpg(driver.pid, signal.SIGINT)  # a terminal sends it to every process of the group
+        os.killpg(driver.pid, number)  # as a terminal and `timeout` do
         out, err = driver.communicate(timeout=30)
     assert (out.strip(), err) == (str(["stopped"] * max(1, num_workers)), "")
     assert driver.returncode == 0
