@@ -17,7 +17,10 @@ NOBODY = 65534
 FULL_DISK = """
 mount -t tmpfs -o size=4m tmpfs {folder}
 {train} > {folder}.first 2>&1 &
-until [ -n "$(ls {folder}/run/checkpoints/manifests 2>/dev/null)" ]; do sleep 0.05; done
+until [ -n "$(ls {folder}/run/checkpoints/manifests 2>/dev/null)" ]; do
+  kill -0 $! 2>/dev/null || break
+  sleep 0.05
+done
 dd if=/dev/zero of={folder}/fill bs=512 2>/dev/null
 wait $!
 echo $? > {folder}.first_code
@@ -36,7 +39,7 @@ def root(tmp_path):
 def command(root, uri):
     arguments = [
         *("train", "cifar10-cpu", "--workers", "2", "--launcher", "local", "--run", str(uri), "--data.root", str(root)),
-        *("--data.max_rows", "none", "--model.width", "8", "--model.blocks", "1,1", "--model.feature_dim", "16"),
+        *("--data.max_rows", "none", "--model.width", "8", "--model.feature_dim", "16"),
         *("--optim.global_batch", "16", "--optim.epochs", "60", "--eval.k", "5", "--eval.every_epochs", "0"),
         *("--checkpoint.every_steps", "5"),
     ]
