@@ -121,6 +121,12 @@ class DataConfig:
             ),
             ("lanes", self.lanes, self.lanes >= 1, "at least 1"),
             ("window", self.window, self.window >= 1, "at least 1"),
+            (
+                "cache_dir",
+                None if self.cache_dir is None else without_credentials(self.cache_dir),
+                self.cache_dir is None or "://" not in self.cache_dir,
+                "a folder on a local disk, or none",
+            ),
             ("cache_gb", self.cache_gb, self.cache_gb is None or self.cache_gb >= 0, "at least 0, or none"),
             ("max_bad_share", self.max_bad_share, 0 <= self.max_bad_share < 1, "0 <= share < 1"),
             ("max_rows", self.max_rows, self.max_rows is None or self.max_rows >= 2, "at least 2"),

@@ -192,3 +192,9 @@ def test_no_whole_number_in_any_field_ends_a_check_with_an_error_of_python(value
             if field.type in ("int", "int | None"):
                 with contextlib.suppress(ValueError):
                     dataclasses.replace(section, **{field.name: value})
+
+
+def test_a_cache_that_is_no_folder_of_this_machine_is_refused_without_its_password():
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .* expected a folder on a local disk") as refused:
+        TrainConfig().with_overrides({"data.cache_dir": "s3://me:geheim@bucket/x"})
+    assert "geheim" not in str(refused.value)
