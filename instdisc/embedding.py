@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cluster.worker import threads_for
 from dataloading.damaged import BadRow, DamagedRows, NoGoodImage
+from dataloading.device_copies import to_device
 from dataloading.index import Dataset
 from dataloading.loader import Batch, eval_batches
 from instdisc.config import TrainConfig
@@ -79,7 +80,8 @@ def embed_rows(
                 features_BD = encoder(batch.images_BCHW)
             if done == 0:
                 features_RD = features_RD.new_zeros((len(rows), features_BD.shape[1]))
-            is_valid_R[part], is_finite_R[part] = batch.valid_B.to(device), features_BD.isfinite().all(dim=1)
+            is_valid_R[part] = to_device(batch.valid_B, device)
+            is_finite_R[part] = features_BD.isfinite().all(dim=1)
             is_good_B1 = (is_valid_R[part] & is_finite_R[part])[:, None]
             features_RD[part] = torch.where(is_good_B1, features_BD, 0.0)
             done = part.stop
